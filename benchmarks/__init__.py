@@ -1,0 +1,1 @@
+"""Benchmarks that compare holdfast with an honest hand-rolled order service over HTTP."""

@@ -1,0 +1,208 @@
+"""SWITCHBOARD: settings -> database, transport, services, listeners. Alone knows every part."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import msgspec
+
+from holdfast import observe
+from holdfast.clock import Clock, SystemClock
+from holdfast.db.connect import connect
+from holdfast.db.database import Database
+from holdfast.db.group_commit import GroupCommit
+from holdfast.db.migrate import migrate, require_current
+from holdfast.errors import InvalidSettings
+from holdfast.ids import IdSource
+from holdfast.messaging.codec import Codec
+from holdfast.messaging.inbox import Inbox
+from holdfast.messaging.listener import Listen, Listener
+from holdfast.messaging.outbox import Outbox
+from holdfast.messaging.publisher import Publisher
+from holdfast.messaging.retry import RetryPolicy
+from holdfast.messaging.tables import HISTORY as MESSAGING_HISTORY
+from holdfast.messaging.transport import Transport
+from holdfast.messaging.transports.registry import sql_transport
+from holdfast.services.contracts.events import TYPES
+from holdfast.services.contracts.topology import TOPOLOGY
+from holdfast.services.orders import listeners as order_listeners
+from holdfast.services.orders.place import PlaceOrders
+from holdfast.services.orders.service import OrderService
+from holdfast.services.orders.transitions import Transitions
+from holdfast.services.payments import listeners as payment_listeners
+from holdfast.services.payments.actions import Payments
+from holdfast.services.payments.sandbox import Sandbox
+from holdfast.services.payments.service import PaymentService
+from holdfast.services.schema import HISTORY as SERVICES_HISTORY
+from holdfast.services.stock import listeners as stock_listeners
+from holdfast.services.stock.actions import Stock
+from holdfast.services.stock.service import StockService
+from holdfast.services.sweeper import Sweeper
+from holdfast.settings import MessagingSettings, Settings
+
+HISTORIES = (MESSAGING_HISTORY, SERVICES_HISTORY)
+EXPIRE_AT_ONCE = 32
+
+log = observe.logger("bootstrap")
+
+
+class System(msgspec.Struct, frozen=True, kw_only=True):
+    """The running parts."""
+
+    settings: Settings
+    clock: Clock
+    ids: IdSource
+    database: Database
+    group: GroupCommit
+    transport: Transport
+    publisher: Publisher
+    outbox: Outbox
+    inbox: Inbox
+    codec: Codec
+    orders: OrderService
+    stock: StockService
+    payments: PaymentService
+    sandbox: Sandbox
+    listens: tuple[Listen, ...]
+    listeners: list[Listener]
+    sweepers: list[Sweeper]
+
+    def listen(self, listen: Listen) -> Listener:
+        """Start one more listener; it stops with the system."""
+        listener = Listener(
+            listen,
+            transport=self.transport,
+            group=self.group,
+            inbox=self.inbox,
+            codec=self.codec,
+            clock=self.clock,
+        )
+        self.listeners.append(listener)
+        listener.start()
+        return listener
+
+    def work(self) -> None:
+        """Start the services' listeners and sweepers."""
+        for listen in self.listens:
+            self.listen(listen)
+        for sweeper in self.sweepers:
+            sweeper.start()
+
+    async def stop_work(self) -> None:
+        """Stop sweepers and listeners: running handlers finish, the rest goes back to the queues."""
+        await asyncio.gather(*(sweeper.stop() for sweeper in self.sweepers))
+        drain_s = self.settings.messaging.drain_ms / 1_000
+        await asyncio.gather(*(listener.stop(drain_s) for listener in self.listeners))
+        self.listeners.clear()
+
+
+@asynccontextmanager
+async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIterator[System]:
+    """Build everything and take it down in reverse order; workers start with `System.work`.
+
+    Raises what opening the database raises, `SchemaOutdated` before the first `holdfast migrate`, `InvalidSettings`
+    for a secret that is missing.
+    """
+    clock = clock or SystemClock()
+    async with AsyncExitStack() as stack:
+        database = await connect(settings.database)
+        stack.push_async_callback(database.close)
+        await require_current(database, HISTORIES)
+        group = GroupCommit(
+            database, clock, batch_max=settings.database.batch_max, queue_max=settings.database.queue_max
+        )
+        group.start()
+        stack.push_async_callback(group.close)
+        ids = IdSource(clock)
+        transport = await stack.enter_async_context(sql_transport(database, group, clock, ids, settings.messaging))
+        await transport.declare(TOPOLOGY)
+        codec = Codec(TYPES)
+        outbox = Outbox(transport, codec, clock, ids)
+        sandbox = _sandbox(settings, group, clock)
+        payments = Payments(clock, ids, outbox, sandbox, settings.payments.merchant_id)
+        payment_service = PaymentService(database, group, payments, sandbox, clock)
+        stock = Stock(clock, ids, outbox)
+        place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
+        transitions = Transitions(clock, ids, outbox, payments)
+        orders = OrderService(database, group, place, transitions, payment_service, clock, settings.orders)
+        listens = (
+            *order_listeners.listeners(orders, transitions),
+            *stock_listeners.listeners(stock),
+            *payment_listeners.listeners(payments, payment_service),
+        )
+        system = System(
+            settings=settings,
+            clock=clock,
+            ids=ids,
+            database=database,
+            group=group,
+            transport=transport,
+            publisher=Publisher(transport, codec, clock, ids),
+            outbox=outbox,
+            inbox=Inbox(clock),
+            codec=codec,
+            orders=orders,
+            stock=StockService(database, group, stock),
+            payments=payment_service,
+            sandbox=sandbox,
+            listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
+            listeners=[],
+            sweepers=_sweepers(orders, payment_service, settings, clock),
+        )
+        stack.push_async_callback(system.stop_work)
+        yield system
+
+
+async def migrate_all(settings: Settings) -> dict[str, tuple[str | None, str | None]]:
+    """Bring the database to the newest schema; answers room -> (revision before, revision after)."""
+    database = await connect(settings.database)
+    try:
+        return await migrate(database, HISTORIES)
+    finally:
+        await database.close()
+
+
+def _sandbox(settings: Settings, group: GroupCommit, clock: Clock) -> Sandbox:
+    secret = settings.payments.sandbox_secret.reveal()
+    if not settings.payments.sandbox:
+        raise InvalidSettings(
+            "no payment provider is configured; this version has the sandbox only: set "
+            "HOLDFAST_PAYMENTS__SANDBOX=true and HOLDFAST_PAYMENTS__SANDBOX_SECRET"
+        )
+    if len(secret) < 16:
+        raise InvalidSettings("HOLDFAST_PAYMENTS__SANDBOX_SECRET needs at least 16 characters")
+    return Sandbox(group, clock, secret, settings.payments.merchant_id, settings.payments.notice_tolerance_ms)
+
+
+def _tuned(listen: Listen, settings: MessagingSettings) -> Listen:
+    return msgspec.structs.replace(
+        listen,
+        prefetch=settings.prefetch,
+        local=RetryPolicy(tries=settings.local_tries, interval_ms=settings.local_interval_ms),
+        durable=RetryPolicy(
+            tries=settings.durable_tries,
+            interval_ms=settings.durable_interval_ms,
+            interval_ms_max=settings.durable_interval_ms_max,
+            multiplier=2.0,
+            jitter=0.1,
+        ),
+    )
+
+
+def _sweepers(orders: OrderService, payments: PaymentService, settings: Settings, clock: Clock) -> list[Sweeper]:
+    async def close_overdue() -> int:
+        """Close what is overdue by more than one interval; the message should have come by then."""
+        overdue = await orders.sweep(older_than_ms=settings.orders.sweep_ms)
+        for start in range(0, len(overdue), EXPIRE_AT_ONCE):
+            await asyncio.gather(*(orders.expire(order_id) for order_id in overdue[start : start + EXPIRE_AT_ONCE]))
+        return len(overdue)
+
+    async def remind_refunds() -> int:
+        return await payments.sweep(older_than_ms=settings.payments.sweep_ms * 2)
+
+    return [
+        Sweeper("orders", settings.orders.sweep_ms, close_overdue, clock),
+        Sweeper("refunds", settings.payments.sweep_ms, remind_refunds, clock),
+    ]

@@ -1,0 +1,1 @@
+"""ROOM 1: connections, transactions, group commit and migrations; no business SQL."""

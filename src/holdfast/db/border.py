@@ -1,0 +1,96 @@
+"""The border to the drivers: every foreign database error becomes one of ours, with the cause kept."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import ClassVar
+
+from sqlalchemy import exc
+
+from holdfast.errors import Conflict, HoldfastError, OutcomeUnknown, Unavailable
+
+
+class ConstraintFailed(HoldfastError):
+    """A CHECK, NOT NULL or foreign key of the database refused the write; the transaction is void."""
+
+    code: ClassVar[str] = "constraint_failed"
+
+
+# PostgreSQL SQLSTATE, appendix A of its manual.
+_SERIALIZATION = {"40001", "40P01"}
+_UNIQUE = "23505"
+_INTEGRITY_CLASS = "23"
+# connection exception, insufficient resources, operator intervention, lock not available, system error (I/O)
+_AWAY_CLASSES = ("08", "53", "57", "58")
+_AWAY_CODES = {"55P03", "25006"}
+
+_SQLITE_AWAY = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_PROTOCOL,
+}
+_SQLITE_UNIQUE = {sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY}
+
+
+def translate(error: Exception) -> Exception:
+    """Return our error for a driver's raised before COMMIT was sent; an error that is no driver's comes back as is."""
+    if isinstance(error, HoldfastError):
+        return error
+    if isinstance(error, (exc.TimeoutError, TimeoutError)):
+        return _caused(Unavailable("the database did not answer in time; nothing was changed"), error)
+    if isinstance(error, OSError):
+        return _caused(Unavailable(f"the database cannot be reached: {error}"), error)
+    if isinstance(error, exc.DBAPIError):
+        return _caused(_from_driver(error), error)
+    return error
+
+
+def translate_commit(error: Exception) -> Exception:
+    """Return our error for one raised by COMMIT: unless the database clearly refused, nobody knows the outcome."""
+    ours = translate(error)
+    if isinstance(ours, Unavailable):
+        return _caused(OutcomeUnknown("the reply to COMMIT was lost; the change may or may not have happened"), error)
+    return ours
+
+
+def _from_driver(error: exc.DBAPIError) -> Exception:
+    code = _sqlstate(error)
+    if code in _SERIALIZATION:
+        return Conflict("lost a race with another transaction")
+    if code == _UNIQUE or _sqlite_code(error) in _SQLITE_UNIQUE:
+        return Conflict(f"a unique key is taken: {_first_line(error)}")
+    if isinstance(error, exc.IntegrityError) or (code or "").startswith(_INTEGRITY_CLASS):
+        return ConstraintFailed(_first_line(error))
+    if (
+        error.connection_invalidated
+        or isinstance(error, exc.InterfaceError)
+        or code in _AWAY_CODES
+        or (code or "").startswith(_AWAY_CLASSES)
+        or (_sqlite_code(error) or 0) & 0xFF in _SQLITE_AWAY
+        or isinstance(error.orig, (OSError, TimeoutError))
+    ):
+        return Unavailable(f"the database is away: {_first_line(error)}")
+    return error
+
+
+def _sqlstate(error: exc.DBAPIError) -> str | None:
+    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+
+
+def _sqlite_code(error: exc.DBAPIError) -> int | None:
+    return getattr(error.orig, "sqlite_errorcode", None)
+
+
+def _first_line(error: exc.DBAPIError) -> str:
+    # Only the message: the statement's parameters may hold a buyer's data.
+    return str(error.orig).partition("\n")[0][:300]
+
+
+def _caused(ours: Exception, cause: Exception) -> Exception:
+    ours.__cause__ = cause
+    return ours

@@ -1,0 +1,121 @@
+"""Database and Tx: one API over SQLite and PostgreSQL.
+
+`async with db.transaction() as tx` opens a transaction, `tx` is the explicit first argument of everything that shares
+it, and leaving the block commits. `async with db.read() as tx` reads outside of any write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Literal, Protocol
+
+from sqlalchemy import CursorResult, Executable
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from holdfast import observe
+from holdfast.db.border import translate, translate_commit
+
+Dialect = Literal["sqlite", "postgresql"]
+Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+log = observe.logger("db")
+
+
+class Tx:
+    """One open transaction; valid only inside the block that opened it."""
+
+    def __init__(self, connection: AsyncConnection, dialect: Dialect) -> None:
+        self.connection = connection
+        self.dialect = dialect
+        self.memo: dict[Any, Any] = {}  # what was read in this transaction and cannot change during it
+        self._after_commit: list[Callable[[], None]] = []
+
+    async def execute(self, statement: Executable, parameters: Parameters | None = None) -> CursorResult[Any]:
+        """Run one statement; a list of parameter sets runs it for each.
+
+        Raises `Conflict`, `Unavailable` or `ConstraintFailed`; in each case the transaction is void and must be left.
+        """
+        try:
+            return await self.connection.execute(statement, parameters)
+        except Exception as error:
+            raise translate(error) from error
+
+    def on_commit(self, callback: Callable[[], None]) -> None:
+        """Call back once the commit is certain, in order of registration; never after a rollback.
+
+        The callback must neither wait nor fail: it wakes somebody up. What must not be lost belongs in a row.
+        """
+        self._after_commit.append(callback)
+
+    def committed(self) -> None:
+        """Run the callbacks; called by the database after COMMIT."""
+        for callback in self._after_commit:
+            try:
+                callback()
+            except Exception:
+                log.exception("after_commit_failed")  # the commit stands, whatever a wake-up does
+
+
+class Database(Protocol):
+    """What both databases promise."""
+
+    dialect: Dialect
+
+    def transaction(self) -> AbstractAsyncContextManager[Tx]:
+        """Open a transaction that commits when the block ends and rolls back when it raises.
+
+        Raises `Unavailable` when nothing was committed, `OutcomeUnknown` when the reply to COMMIT was lost, `Conflict`
+        when another writer won. After any of them the caller decides: nothing is retried here.
+        """
+        ...
+
+    def read(self, *, snapshot: bool = False) -> AbstractAsyncContextManager[Tx]:
+        """Open a read-only view; with `snapshot` all statements in the block see one instant."""
+        ...
+
+    async def close(self) -> None:
+        """Give back every connection and lock."""
+        ...
+
+
+@asynccontextmanager
+async def committing(
+    tx: Tx, commit: Callable[[], Awaitable[None]], rollback: Callable[[], Awaitable[None]]
+) -> AsyncIterator[Tx]:
+    """Run a block in an opened transaction: commit when it ends, roll back when it raises or is cancelled."""
+    try:
+        yield tx
+    except BaseException:
+        # Shielded: a cancelled caller must not leave a half-open transaction on a connection that others use next.
+        await asyncio.shield(_quietly(rollback))
+        raise
+    try:
+        await uninterrupted(commit())
+    except Exception as error:
+        await asyncio.shield(_quietly(rollback))
+        raise translate_commit(error) from error
+    tx.committed()
+
+
+async def uninterrupted(work: Awaitable[None]) -> None:
+    """Finish the work although the caller is cancelled meanwhile, then let the cancellation through.
+
+    A COMMIT that is under way cannot be called back; only its answer tells whether it happened.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait([task])
+        task.result()
+        raise
+
+
+async def _quietly(rollback: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await rollback()
+    except Exception as error:
+        log.warning("rollback_failed", error=str(translate(error)))  # the connection is discarded by its pool

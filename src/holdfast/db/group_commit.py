@@ -1,0 +1,179 @@
+"""Group commit: concurrent callers hand in requests, one transaction decides many of them, each gets its own answer.
+
+The batch forms by itself: while one transaction commits, the next requests gather. A lone request therefore never
+waits for company. One transaction per buyer is the ceiling of every order system on one hot row; this lifts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from holdfast import observe
+from holdfast.clock import Clock
+from holdfast.db.database import Database, Tx
+from holdfast.errors import Conflict, HoldfastError, OutcomeUnknown, Overloaded, ShuttingDown, Unavailable
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+Decide = Callable[[Tx, Sequence[Q]], Awaitable[Sequence[A | HoldfastError]]]
+"""Decides requests in order of arrival within `tx` and returns, at the same place, an answer or a refusal.
+
+A refusal (an error that is returned) must have changed nothing. A raised error voids the whole transaction: the batch
+is then split until the guilty request stands alone, so its neighbours get what they would have got without it.
+"""
+
+TRIES_MAX = 5
+BACKOFF_S = 0.02
+
+log = observe.logger("group_commit")
+
+
+class _Job:
+    __slots__ = ("answer", "arrived", "decide", "request")
+
+    def __init__(self, decide: Decide[Any, Any], request: Any, arrived: float, answer: asyncio.Future[Any]) -> None:
+        self.decide = decide
+        self.request = request
+        self.arrived = arrived
+        self.answer = answer
+
+
+class GroupCommit:
+    """One writer that decides batches of requests, each batch in one transaction.
+
+    Guarantees: an answer is given only after the commit; `Unavailable` means nothing happened; `OutcomeUnknown` means
+    the reply to COMMIT was lost; requests of one `decide` are decided in order of arrival; when `queue_max` requests
+    wait, a further one is refused at once with `Overloaded`.
+    """
+
+    def __init__(
+        self, database: Database, clock: Clock, *, name: str = "main", batch_max: int = 200, queue_max: int = 10_000
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._name = name
+        self._batch_max = batch_max
+        self._queue_max = queue_max
+        self._waiting: deque[_Job] = deque()
+        self._arrival = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+        self._closing = False
+
+    def start(self) -> None:
+        """Begin to decide; must be called with the loop running."""
+        self._worker = asyncio.create_task(self._run(), name=f"group-commit-{self._name}")
+
+    async def close(self) -> None:
+        """Refuse new requests, decide those that wait, stop."""
+        self._closing = True
+        self._arrival.set()
+        if self._worker is not None:
+            await self._worker
+
+    async def submit(self, decide: Decide[Q, A], request: Q) -> A:
+        """Hand in one request and wait for its answer.
+
+        Raises the refusal that `decide` returned, `Overloaded`, `ShuttingDown`, `Unavailable`, `Conflict` or
+        `OutcomeUnknown`. A caller that is cancelled before its batch began leaves no trace; afterwards the request is
+        decided all the same.
+        """
+        if self._closing:
+            raise ShuttingDown("this process is stopping; try again elsewhere")
+        if len(self._waiting) >= self._queue_max:
+            observe.queue_refusals.labels(self._name).inc()
+            raise Overloaded(f"{self._queue_max} requests wait already; try again in a moment")
+        answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Job(decide, request, self._clock.monotonic(), answer))
+        self._arrival.set()
+        return await answer
+
+    async def _run(self) -> None:
+        while True:
+            if not self._waiting:
+                if self._closing:
+                    return
+                self._arrival.clear()
+                await self._arrival.wait()
+                continue
+            batch = [self._waiting.popleft() for _ in range(min(self._batch_max, len(self._waiting)))]
+            batch = [job for job in batch if not job.answer.cancelled()]
+            if batch:
+                self._measure(batch)
+                await self._settle(batch)
+
+    def _measure(self, batch: list[_Job]) -> None:
+        observe.batch_size.labels(self._name).observe(len(batch))
+        wait = observe.batch_wait.labels(self._name)
+        now = self._clock.monotonic()
+        for job in batch:
+            wait.observe(now - job.arrived)
+
+    async def _settle(self, batch: list[_Job]) -> None:
+        """Give every job of the batch its answer, whatever happens."""
+        try:
+            answers = await self._decide_with_retry(batch)
+        except OutcomeUnknown as error:
+            _fail(batch, error)
+        except Unavailable as error:
+            _fail(batch, error)
+        except Exception as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            observe.batch_splits.labels(self._name).inc()
+            middle = len(batch) // 2
+            await self._settle(batch[:middle])
+            await self._settle(batch[middle:])
+        else:
+            for job, answer in zip(batch, answers, strict=True):
+                _give(job, answer)
+
+    async def _decide_with_retry(self, batch: list[_Job]) -> list[Any]:
+        """Nothing was committed after `Conflict` or `Unavailable`, so the same batch may simply be decided again."""
+        for attempt in range(1, TRIES_MAX + 1):
+            try:
+                return await self._decide(batch)
+            except (Conflict, Unavailable) as error:
+                if attempt == TRIES_MAX:
+                    raise
+                log.warning("batch_again", name=self._name, attempt=attempt, error=error.code, detail=error.detail)
+                await self._clock.sleep(BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311  # jitter
+        raise AssertionError("unreachable")
+
+    async def _decide(self, batch: list[_Job]) -> list[Any]:
+        verbs: dict[Decide[Any, Any], list[int]] = {}
+        for index, job in enumerate(batch):
+            verbs.setdefault(job.decide, []).append(index)
+        answers: list[Any] = [None] * len(batch)
+        async with self._database.transaction() as tx:
+            for decide, indexes in verbs.items():
+                given = await decide(tx, [batch[index].request for index in indexes])
+                for index, answer in zip(indexes, given, strict=True):
+                    answers[index] = answer
+        return answers
+
+
+def _give(job: _Job, answer: Any) -> None:
+    if job.answer.done():  # its caller was cancelled meanwhile
+        return
+    if isinstance(answer, HoldfastError):
+        job.answer.set_exception(answer)
+    else:
+        job.answer.set_result(answer)
+
+
+def _fail(batch: list[_Job], error: Exception) -> None:
+    for job in batch:
+        if not job.answer.done():
+            job.answer.set_exception(error if len(batch) == 1 else _twin(error))
+
+
+def _twin(error: Exception) -> Exception:
+    """An equal error for each caller: one raised instance would gather the tracebacks of all of them."""
+    twin = type(error)(*error.args)
+    twin.__cause__ = error
+    return twin

@@ -1,0 +1,110 @@
+"""PostgreSQL with asyncpg: a bounded pool, time-outs on the server's side, and a refusal of settings that lose data."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sqlalchemy import URL, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from holdfast.db.border import translate
+from holdfast.db.database import Dialect, Tx, committing
+from holdfast.errors import InvalidSettings, UnsafeDatabase
+
+# A setting that is off gives an acknowledgement before the row is on the disk.
+DURABILITY = ("fsync", "synchronous_commit")
+CONNECT_TIMEOUT_S = 10.0
+POOL_TIMEOUT_S = 15.0
+
+
+class PostgresDatabase:
+    """A PostgreSQL database; transactions run at READ COMMITTED."""
+
+    dialect: Dialect = "postgresql"
+
+    def __init__(self, engine: AsyncEngine, url: URL) -> None:
+        self._engine = engine
+        self.url = url
+
+    @classmethod
+    async def open(cls, url: URL, *, pool_size: int = 10, statement_timeout_ms: int = 30_000) -> PostgresDatabase:
+        """Connect and check durability.
+
+        Raises `Unavailable` when the server cannot be reached, `UnsafeDatabase` when `fsync` or `synchronous_commit`
+        is off, `InvalidSettings` when asyncpg is not installed.
+        """
+        url = url.set(drivername="postgresql+asyncpg")
+        try:
+            engine = create_async_engine(
+                url,
+                pool_size=pool_size,
+                max_overflow=0,
+                pool_timeout=POOL_TIMEOUT_S,
+                connect_args={
+                    "timeout": CONNECT_TIMEOUT_S,
+                    # The client waits a little longer than the server's own time-out, so that its reply can arrive.
+                    "command_timeout": statement_timeout_ms / 1_000 + 5,
+                    "server_settings": {
+                        "application_name": "holdfast",
+                        "statement_timeout": str(statement_timeout_ms),
+                        "lock_timeout": str(statement_timeout_ms),
+                        "idle_in_transaction_session_timeout": str(statement_timeout_ms * 2),
+                        "jit": "off",
+                    },
+                },
+            )
+        except ModuleNotFoundError as error:
+            raise InvalidSettings("database: PostgreSQL needs asyncpg; pip install 'holdfast[postgres]'") from error
+        database = cls(engine, url)
+        try:
+            await database._refuse_unsafe()
+        except BaseException:
+            await engine.dispose()
+            raise
+        return database
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Tx]:
+        async with self._connection() as connection:
+            tx = Tx(connection, "postgresql")
+            async with committing(tx, connection.commit, connection.rollback):
+                yield tx
+
+    @asynccontextmanager
+    async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:
+        async with self._connection() as connection:
+            if snapshot:
+                options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+            else:
+                options = {"isolation_level": "AUTOCOMMIT"}  # no BEGIN and ROLLBACK round trips around one SELECT
+            await connection.execution_options(**options)
+            try:
+                yield Tx(connection, "postgresql")
+            finally:
+                await asyncio.shield(connection.rollback())
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncConnection]:
+        try:
+            connection = await self._engine.connect()
+        except Exception as error:
+            raise translate(error) from error
+        try:
+            yield connection
+        finally:
+            await asyncio.shield(connection.close())
+
+    async def _refuse_unsafe(self) -> None:
+        async with self.read() as tx:
+            for name in DURABILITY:
+                value = (await tx.execute(text("SELECT current_setting(:name)"), {"name": name})).scalar_one()
+                if value == "off":
+                    raise UnsafeDatabase(
+                        f"PostgreSQL runs with {name}=off: a crash would lose orders that were acknowledged. "
+                        f"Set {name}=on (server, database or role) and start again"
+                    )

@@ -1,0 +1,187 @@
+"""SQLite: one writer connection with BEGIN IMMEDIATE, readers apart, WAL, synchronous=FULL, one writing process.
+
+The writer also owns the checkpoints: SQLite before 3.51.3 can corrupt a WAL database when two connections write and
+checkpoint at once (sqlite.org/wal.html#walresetbug). A second writing process is refused by a lock file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from sqlalchemy import StaticPool, event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from holdfast.db.border import translate
+from holdfast.db.database import Dialect, Tx, committing
+from holdfast.errors import DatabaseInUse, InvalidSettings, Unavailable
+
+MEMORY = ":memory:"
+
+
+class SqliteDatabase:
+    """A SQLite file, or one in memory for tests (then readers share the writer's connection and wait for it)."""
+
+    dialect: Dialect = "sqlite"
+
+    def __init__(self, path: str, *, readers: int, read_only: bool, lock: IO[str] | None) -> None:
+        self._path = path
+        self._lock_file = lock
+        self._read_only = read_only
+        self._turn = asyncio.Lock()
+        self._holder: asyncio.Task[Any] | None = None
+        self._writer = None if read_only else _writer_engine(path)
+        self._readers = None if path == MEMORY else _reader_engine(path, readers)
+
+    @classmethod
+    async def open(cls, path: str, *, readers: int = 4, read_only: bool = False) -> SqliteDatabase:
+        """Open the file, creating it unless read-only.
+
+        Raises `DatabaseInUse` when another process writes it, `InvalidSettings` when the folder or file is missing.
+        """
+        if path != MEMORY:
+            _check_path(Path(path), read_only)
+        lock = None if read_only or path == MEMORY else _take_lock(path)
+        database = cls(path, readers=readers, read_only=read_only, lock=lock)
+        try:
+            if not read_only:
+                async with database.transaction():
+                    pass  # creates the file and the WAL before the first reader comes
+        except BaseException:
+            await database.close()
+            raise
+        return database
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Tx]:
+        if self._writer is None:
+            raise Unavailable("this database was opened read-only")
+        async with self._write_turn(), _connected(self._writer) as connection:
+            await _begin(connection)
+            async with committing(Tx(connection, "sqlite"), connection.commit, connection.rollback) as tx:
+                yield tx
+
+    @asynccontextmanager
+    async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:
+        # A deferred BEGIN fixes the snapshot at the first SELECT, so `snapshot` holds either way.
+        if self._readers is None:
+            async with self.transaction() as tx:
+                yield tx
+            return
+        async with _connected(self._readers) as connection:
+            try:
+                yield Tx(connection, "sqlite")
+            finally:
+                await asyncio.shield(connection.rollback())
+
+    async def close(self) -> None:
+        if self._readers is not None:
+            await self._readers.dispose()
+        if self._writer is not None:
+            await self._writer.dispose()
+        if self._lock_file is not None:
+            self._lock_file.close()  # closing gives the lock back
+
+    @asynccontextmanager
+    async def _write_turn(self) -> AsyncIterator[None]:
+        task = asyncio.current_task()
+        if task is not None and self._holder is task:
+            raise RuntimeError("this task already has a transaction open; pass its tx on instead of opening another")
+        async with self._turn:
+            self._holder = task
+            try:
+                yield
+            finally:
+                self._holder = None
+
+
+@asynccontextmanager
+async def _connected(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    try:
+        connection = await engine.connect()
+    except Exception as error:
+        raise translate(error) from error
+    try:
+        yield connection
+    finally:
+        await asyncio.shield(connection.close())
+
+
+async def _begin(connection: AsyncConnection) -> None:
+    try:
+        await connection.begin()
+    except Exception as error:
+        raise translate(error) from error
+
+
+def _check_path(path: Path, read_only: bool) -> None:
+    if read_only and not path.exists():
+        raise InvalidSettings(f"database: there is no SQLite file {path}; run `holdfast migrate` first")
+    if not path.parent.is_dir():
+        raise InvalidSettings(f"database: the folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise InvalidSettings(f"database: {path} is a folder; name a file in it")
+
+
+def _take_lock(path: str) -> IO[str]:
+    try:
+        lock = open(f"{path}.lock", "a+", encoding="utf-8")  # noqa: SIM115  # held until close()
+    except OSError as error:
+        raise InvalidSettings(f"database: cannot create {path}.lock: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read(32).strip() or "unknown"
+        lock.close()
+        raise DatabaseInUse(
+            f"process {holder} writes {path} already; SQLite means one process (API and workers together): "
+            "stop that one, or move to PostgreSQL for more"
+        ) from error
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _writer_engine(path: str) -> AsyncEngine:
+    engine = create_async_engine(f"sqlite+aiosqlite:///{path}", poolclass=StaticPool)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def prepare(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves, below
+        cursor = connection.cursor()
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 5000"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _reader_engine(path: str, readers: int) -> AsyncEngine:
+    engine = create_async_engine(
+        f"sqlite+aiosqlite:///file:{path}?mode=ro&uri=true", pool_size=readers, max_overflow=0, pool_timeout=15
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def prepare(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in ("query_only = ON", "busy_timeout = 5000"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    return engine

@@ -1,0 +1,89 @@
+"""The messaging room's tables; every name begins with `hf_`, since they may live in a user's own database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, LargeBinary, MetaData, Table, Text
+
+from holdfast.db.migrate import History
+
+metadata = MetaData(naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_name)s", "pk": "pk_%(table_name)s"})
+
+exchanges = Table(
+    "hf_exchange",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+)
+
+queues = Table("hf_queue", metadata, Column("name", Text, primary_key=True))
+
+bindings = Table(
+    "hf_binding",
+    metadata,
+    Column("exchange", Text, ForeignKey("hf_exchange.name"), primary_key=True),
+    Column("queue", Text, ForeignKey("hf_queue.name"), primary_key=True),
+    Column("routing_key", Text, primary_key=True),
+)
+
+# One row per message and queue. `due_us` is when it may be delivered next: its delay before the first delivery, the end
+# of the lease while somebody holds it, the retry's instant afterwards. So one index serves claiming, and a crashed
+# holder's messages come back by themselves.
+messages = Table(
+    "hf_message",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("queue", Text, nullable=False),  # no foreign key: its check would lock the queue row for every message
+    Column("due_us", BigInteger, nullable=False),
+    Column("lease", BigInteger),
+    Column("attempt", Integer, nullable=False),
+    Column("deliveries", Integer, nullable=False),
+    Column("cancel_key", Text),
+    Column("message_id", Text, nullable=False),
+    Column("exchange", Text, nullable=False),
+    Column("routing_key", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("content_type", Text, nullable=False),
+    Column("headers", Text, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("published_us", BigInteger, nullable=False),
+)
+Index("ix_hf_message_ready", messages.c.queue, messages.c.due_us, messages.c.id)
+Index(
+    "ix_hf_message_cancel_key",
+    messages.c.cancel_key,
+    sqlite_where=messages.c.cancel_key.is_not(None),
+    postgresql_where=messages.c.cancel_key.is_not(None),
+)
+
+# The effect of (consumer, message) happened.
+inbox = Table(
+    "hf_inbox",
+    metadata,
+    Column("consumer", Text, primary_key=True),
+    Column("message_id", Text, primary_key=True),
+    Column("done_us", BigInteger, nullable=False),
+)
+
+# Messages that were given up on, kept for a human.
+parked = Table(
+    "hf_parked",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("queue", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("deliveries", Integer, nullable=False),
+    Column("message_id", Text, nullable=False),
+    Column("exchange", Text, nullable=False),
+    Column("routing_key", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("content_type", Text, nullable=False),
+    Column("headers", Text, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("published_us", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("parked_us", BigInteger, nullable=False),
+)
+
+HISTORY = History(name="messaging", folder=Path(__file__).parent / "migrations")

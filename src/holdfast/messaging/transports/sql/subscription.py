@@ -1,0 +1,266 @@
+"""SqlSubscription: claim rows with a lease, renew it while a handler works, settle within a transaction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from sqlalchemy import BigInteger, Row, Text, bindparam, delete, func, insert, literal, select, update
+
+from holdfast import observe
+from holdfast.clock import US_PER_MS, US_PER_S, Clock
+from holdfast.db.database import Tx
+from holdfast.db.group_commit import GroupCommit
+from holdfast.db.sql import among
+from holdfast.errors import AlreadySettled, HoldfastError
+from holdfast.ids import IdSource
+from holdfast.messaging.message import Delivery, Message, Settlement
+from holdfast.messaging.tables import messages, parked
+from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
+
+log = observe.logger("sql_transport")
+
+_CLAIMED = (
+    messages.c.id,
+    messages.c.lease,
+    messages.c.attempt,
+    messages.c.deliveries,
+    messages.c.message_id,
+    messages.c.exchange,
+    messages.c.routing_key,
+    messages.c.type,
+    messages.c.content_type,
+    messages.c.headers,
+    messages.c.body,
+    messages.c.published_us,
+)
+_KEPT = [column.name for column in parked.columns if column.name in messages.columns]
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """Which row, and under which lease."""
+
+    row_id: int
+    lease: int
+
+
+class _Claimed(msgspec.Struct, frozen=True):
+    rows: Sequence[Row[Any]]
+    next_due_us: int | None
+
+
+class SqlSubscription:
+    """A consumer on one queue."""
+
+    def __init__(
+        self,
+        queue: str,
+        *,
+        group: GroupCommit,
+        clock: Clock,
+        ids: IdSource,
+        wakeups: Wakeups,
+        prefetch: int,
+        lease_us: int,
+        poll_us: int,
+    ) -> None:
+        self._queue = queue
+        self._group = group
+        self._clock = clock
+        self._ids = ids
+        self._wakeups = wakeups
+        self._waiter = Waiter(clock)
+        self._prefetch = prefetch
+        self._lease_us = lease_us
+        self._poll_us = poll_us
+        self._held: dict[int, Receipt] = {}
+        self._renewal: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> SqlSubscription:
+        self._wakeups.add(self._queue, self._waiter)
+        self._renewal = asyncio.create_task(self._renew(), name=f"renew-{self._queue}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._wakeups.remove(self._queue, self._waiter)
+        if self._renewal is not None:
+            self._renewal.cancel()
+            await asyncio.wait([self._renewal])
+        if self._held:
+            await self._group.submit(self._give_back, list(self._held.values()))
+            self._held.clear()
+
+    def stop(self) -> None:
+        self._closed = True
+        self._waiter.wake()
+
+    async def take(self) -> list[Delivery]:
+        while not self._closed:
+            self._waiter.begin()
+            until_us = self._clock.now_us() + self._poll_us
+            room = self._prefetch - len(self._held)
+            if room > 0:
+                claimed = await self._group.submit(self._claim, room)
+                if claimed.rows:
+                    return [self._delivery(row) for row in claimed.rows]
+                if claimed.next_due_us is not None:
+                    until_us = min(until_us, claimed.next_due_us)
+            await self._waiter.sleep(until_us)
+        return []
+
+    async def settle(self, settlements: Sequence[Settlement], tx: Tx | None = None) -> None:
+        for settlement in settlements:
+            if settlement.delivery.settled:
+                raise AlreadySettled(f"message {settlement.delivery.message.message_id} was settled before")
+        if tx is None:
+            await self._group.submit(self._settle_groups, settlements)
+        else:
+            await self._settle(tx, settlements)
+
+    async def _claim(self, tx: Tx, rooms: Sequence[int]) -> list[_Claimed | HoldfastError]:
+        """Lease what is due, in order of its instant; SKIP LOCKED keeps processes out of each other's way."""
+        return [await self._claim_once(tx, room) for room in rooms]
+
+    async def _claim_once(self, tx: Tx, room: int) -> _Claimed:
+        now_us = self._clock.now_us()
+        # A CTE, since PostgreSQL may run a plain subquery with LIMIT more than once and lease more than asked for.
+        due = (
+            select(messages.c.id)
+            .where(messages.c.queue == self._queue, messages.c.due_us <= now_us)
+            .order_by(messages.c.due_us, messages.c.id)
+            .limit(room)
+            .with_for_update(skip_locked=True)
+            .cte("due")
+        )
+        claim = (
+            update(messages)
+            .where(messages.c.id.in_(select(due.c.id)))
+            .values(
+                due_us=now_us + self._lease_us,
+                lease=self._ids.next(),
+                deliveries=messages.c.deliveries + 1,
+            )
+            .returning(*_CLAIMED)
+        )
+        rows = sorted((await tx.execute(claim)).all(), key=lambda row: int(row.id))
+        if rows:
+            return _Claimed(rows, None)
+        soonest = select(func.min(messages.c.due_us)).where(messages.c.queue == self._queue)
+        return _Claimed((), (await tx.execute(soonest)).scalar())
+
+    def _delivery(self, row: Row[Any]) -> Delivery:
+        receipt = Receipt(row.id, row.lease)
+        self._held[row.id] = receipt
+        observe.messages_in_flight.labels(self._queue).inc()
+        message = Message(
+            exchange=row.exchange,
+            routing_key=row.routing_key,
+            body=row.body,
+            message_id=row.message_id,
+            timestamp_us=row.published_us,
+            type=row.type,
+            content_type=row.content_type,
+            headers=msgspec.json.decode(row.headers, type=dict[str, str]),
+        )
+        return Delivery(
+            message=message, queue=self._queue, attempt=row.attempt, deliveries=row.deliveries, receipt=receipt
+        )
+
+    async def _settle_groups(self, tx: Tx, groups: Sequence[Sequence[Settlement]]) -> list[HoldfastError | None]:
+        await self._settle(tx, [settlement for group in groups for settlement in group])
+        return [None for _ in groups]
+
+    async def _settle(self, tx: Tx, settlements: Sequence[Settlement]) -> None:
+        by_kind: dict[str, list[Settlement]] = {}
+        for settlement in settlements:
+            by_kind.setdefault(settlement.kind, []).append(settlement)
+        if rejected := by_kind.get("reject"):
+            await self._park(tx, rejected)
+        if gone := by_kind.get("ack", []) + by_kind.get("reject", []):
+            row_ids = [settlement.delivery.receipt.row_id for settlement in gone]
+            await tx.execute(delete(messages).where(among(tx, messages.c.id, row_ids)))
+        if again := by_kind.get("retry"):
+            await self._put_back(tx, again)
+        tx.on_commit(lambda: self._settled(settlements))
+
+    async def _park(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
+        for settlement in rejected:
+            kept = select(
+                *(messages.c[name] for name in _KEPT),
+                literal(settlement.reason[:4_000].replace("\x00", ""), Text),
+                literal(self._clock.now_us(), BigInteger),
+            ).where(messages.c.id == settlement.delivery.receipt.row_id)
+            await tx.execute(insert(parked).from_select([*_KEPT, "reason", "parked_us"], kept))
+            log.warning(
+                "message_parked",
+                queue=self._queue,
+                message_id=settlement.delivery.message.message_id,
+                type=settlement.delivery.message.type[:80],
+                reason=settlement.reason[:300],
+            )
+
+    async def _put_back(self, tx: Tx, again: Sequence[Settlement]) -> None:
+        # Only under our own lease: if it ran out, another consumer has the message and decides about it.
+        statement = (
+            update(messages)
+            .where(messages.c.id == bindparam("row_id"), messages.c.lease == bindparam("held_lease"))
+            .values(due_us=bindparam("again_us"), lease=None, attempt=messages.c.attempt + bindparam("counted"))
+        )
+        now_us = self._clock.now_us()
+        rows = [
+            {
+                "row_id": settlement.delivery.receipt.row_id,
+                "held_lease": settlement.delivery.receipt.lease,
+                "again_us": now_us + settlement.after_ms * US_PER_MS,
+                "counted": int(settlement.counts),
+            }
+            for settlement in again
+        ]
+        await tx.execute(statement, rows)
+        dues = [(self._queue, int(str(row["again_us"]))) for row in rows]
+        tx.on_commit(lambda: self._wakeups.tell(dues))
+
+    def _settled(self, settlements: Sequence[Settlement]) -> None:
+        for settlement in settlements:
+            settlement.delivery.mark_settled()
+            if self._held.pop(settlement.delivery.receipt.row_id, None) is not None:
+                observe.messages_in_flight.labels(self._queue).dec()
+            observe.messages_handled.labels(self._queue, settlement.kind).inc()
+        self._waiter.wake()
+
+    async def _renew(self) -> None:
+        """Extend the leases of what is held, so that a slow handler keeps its message."""
+        while True:
+            await self._clock.sleep(self._lease_us / 3 / US_PER_S)
+            if not self._held:
+                continue
+            try:
+                await self._group.submit(self._extend, list(self._held.values()))
+            except HoldfastError as error:
+                log.warning("lease_not_renewed", queue=self._queue, error=error.code)
+
+    async def _extend(self, tx: Tx, groups: Sequence[Sequence[Receipt]]) -> list[HoldfastError | None]:
+        due_us = self._clock.now_us() + self._lease_us
+        for group in groups:
+            await self._move(tx, group, due_us=due_us)
+        return [None for _ in groups]
+
+    async def _give_back(self, tx: Tx, groups: Sequence[Sequence[Receipt]]) -> list[HoldfastError | None]:
+        now_us = self._clock.now_us()
+        for group in groups:
+            await self._move(tx, group, due_us=now_us, lease=None)
+        tx.on_commit(lambda: self._wakeups.tell([(self._queue, now_us)]))
+        return [None for _ in groups]
+
+    async def _move(self, tx: Tx, receipts: Sequence[Receipt], **values: int | None) -> None:
+        for lease in {receipt.lease for receipt in receipts}:
+            row_ids = [receipt.row_id for receipt in receipts if receipt.lease == lease]
+            mine = among(tx, messages.c.id, row_ids) & (messages.c.lease == lease)
+            await tx.execute(update(messages).where(mine).values(**values))

@@ -1,0 +1,119 @@
+"""Structured logs, metrics and trace context: how every room is watched.
+
+Logs go to standard error, one event per line. Metrics are Prometheus collectors in one registry of ours. Trace context
+is W3C `traceparent`, taken from the HTTP request or the message and handed on in every message sent meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+from opentelemetry import context, trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+registry = CollectorRegistry(auto_describe=True)
+
+batch_size = Histogram(
+    "holdfast_group_commit_batch_size",
+    "Requests decided by one transaction.",
+    ["name"],
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500),
+    registry=registry,
+)
+batch_wait = Histogram(
+    "holdfast_group_commit_wait_seconds",
+    "Time from handing in a request to the start of the transaction that decides it.",
+    ["name"],
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+    registry=registry,
+)
+queue_refusals = Counter(
+    "holdfast_group_commit_refused", "Requests refused because the bounded queue was full.", ["name"], registry=registry
+)
+batch_splits = Counter(
+    "holdfast_group_commit_splits", "Batches split to isolate a crashing request.", ["name"], registry=registry
+)
+messages_published = Counter(
+    "holdfast_messages_published", "Messages stored, by exchange.", ["exchange"], registry=registry
+)
+messages_handled = Counter(
+    "holdfast_messages_handled", "Deliveries settled, by queue and outcome.", ["queue", "outcome"], registry=registry
+)
+messages_in_flight = Gauge(
+    "holdfast_messages_in_flight", "Deliveries claimed and not yet settled.", ["queue"], registry=registry
+)
+http_requests = Counter(
+    "holdfast_http_requests", "HTTP requests, by route and status.", ["route", "status"], registry=registry
+)
+http_seconds = Histogram(
+    "holdfast_http_request_seconds",
+    "Time from request to response, by route.",
+    ["route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+    registry=registry,
+)
+orders_moved = Counter(
+    "holdfast_orders_moved", "Order transitions committed, by target state.", ["state"], registry=registry
+)
+
+_propagator = TraceContextTextMapPropagator()
+
+
+def configure_logs(form: str, level: str) -> None:
+    """Send structured logs to standard error as `console` or `json` lines, from `level` upward."""
+    console = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    renderer: Any = structlog.processors.JSONRenderer() if form == "json" else console
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _add_trace,
+            structlog.processors.dict_tracebacks if form == "json" else structlog.processors.StackInfoRenderer(),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def logger(name: str) -> Any:
+    """A structured logger bound to the name of a part."""
+    return structlog.get_logger(part=name)
+
+
+def _add_trace(_: Any, __: str, event: Any) -> Any:
+    span = trace.get_current_span().get_span_context()
+    if span.is_valid:
+        event["trace_id"] = trace.format_trace_id(span.trace_id)
+    return event
+
+
+@contextmanager
+def trace_from(carrier: Mapping[str, str]) -> Iterator[None]:
+    """Continue the trace that `traceparent` in the carrier names, or begin one when there is none."""
+    found = _propagator.extract(dict(carrier))
+    if not trace.get_current_span(found).get_span_context().is_valid:
+        # Identifiers of a trace are no secrets, but they must not collide: 128 and 64 random bits as W3C asks.
+        span = trace.SpanContext(secrets.randbits(128) or 1, secrets.randbits(64) or 1, is_remote=False)
+        found = trace.set_span_in_context(trace.NonRecordingSpan(span), found)
+    token = context.attach(found)
+    try:
+        yield
+    finally:
+        context.detach(token)
+
+
+def trace_headers() -> dict[str, str]:
+    """The `traceparent` (and `tracestate`) of the running trace, to be carried in a message; empty without one."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return carrier

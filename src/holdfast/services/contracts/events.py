@@ -1,0 +1,90 @@
+"""Every message that travels between services; JSON in camelCase, ids as 64-bit integers, times in microseconds UTC."""
+
+from __future__ import annotations
+
+import msgspec
+
+from holdfast.services.contracts.values import Line
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A fact or a wish, as it stands on the wire. Unknown fields are ignored, so that newer senders are understood."""
+
+
+class OrderCreated(Event, frozen=True, kw_only=True):
+    """An order was placed and its stock is held."""
+
+    order_id: int
+    buyer: str
+    amount_minor: int
+    currency: str
+    lines: tuple[Line, ...]
+    pay_by_us: int
+
+
+class OrderDue(Event, frozen=True, kw_only=True):
+    """An order's time to pay is over; the wake-up for closing it. The deadline on its row decides, not this message."""
+
+    order_id: int
+
+
+class OrderPaid(Event, frozen=True, kw_only=True):
+    """An order is paid: what is held for it becomes sold."""
+
+    order_id: int
+    payment_id: int
+
+
+class OrderClosed(Event, frozen=True, kw_only=True):
+    """An order ended unpaid, cancelled or timed out: each service gives back what it held for it."""
+
+    order_id: int
+    status: str
+
+
+class StockLocked(Event, frozen=True, kw_only=True):
+    """A detail of a work order: so many units of a SKU in a warehouse are held for an order."""
+
+    task_id: int
+    detail_id: int
+    order_id: int
+    sku: str
+    warehouse: str
+    quantity: int
+
+
+class PaymentSucceeded(Event, frozen=True, kw_only=True):
+    """The provider captured money; whether the order still wants it is for orders to say."""
+
+    payment_id: int
+    order_id: int
+    amount_minor: int
+    currency: str
+    captured_us: int
+
+
+class RefundRequested(Event, frozen=True, kw_only=True):
+    """Money was captured that no order owes: give it back once."""
+
+    payment_id: int
+    order_id: int
+    reason: str
+
+
+class RefundDue(Event, frozen=True, kw_only=True):
+    """A refund is on the books and has to be asked of the provider."""
+
+    refund_id: int
+
+
+TYPES: dict[str, type[msgspec.Struct]] = {
+    "order.created": OrderCreated,
+    "order.due": OrderDue,
+    "order.paid": OrderPaid,
+    "order.closed": OrderClosed,
+    "stock.locked": StockLocked,
+    "payment.succeeded": PaymentSucceeded,
+    "refund.requested": RefundRequested,
+    "refund.due": RefundDue,
+}
+"""Type id on the wire -> struct; nothing else is ever built from a message."""

@@ -1,0 +1,70 @@
+"""Values that several services speak of."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+# Printable ASCII without blanks: safe in URLs, logs, file names and every database.
+Code = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
+Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$")]
+MinorUnits = Annotated[int, Meta(ge=0, le=1_000_000_000_000)]
+Quantity = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """So many units of a SKU."""
+
+    sku: str
+    quantity: int
+
+
+class Price(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What one unit costs, in minor units (cents, fen) of an ISO 4217 currency."""
+
+    amount_minor: int
+    currency: str
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """The stock an order wants, all or nothing."""
+
+    order_id: int
+    lines: tuple[Line, ...]
+
+
+class Shortage(msgspec.Struct, frozen=True, kw_only=True):
+    """Why an order's stock could not be held: the first SKU that lacks units."""
+
+    sku: str
+    wanted: int
+    available: int
+
+
+class Bill(msgspec.Struct, frozen=True, kw_only=True):
+    """What a payment order is opened for."""
+
+    order_id: int
+    buyer: str
+    amount_minor: int
+    currency: str
+    pay_by_us: int
+
+
+class PaymentRef(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Where the buyer pays."""
+
+    id: str
+    provider: str
+    pay_url: str | None = None
+
+
+class TradeEnd(StrEnum):
+    """The provider's answer when asked to close a trade."""
+
+    CLOSED = "closed"  # or never opened: nobody can pay it any more
+    PAID = "paid"  # money was captured; closing is refused
+    UNKNOWN = "unknown"  # no answer; never taken for either

@@ -1,0 +1,35 @@
+"""Orders' listeners: message -> one action."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from holdfast.db.database import Tx
+from holdfast.messaging.listener import Incoming, Listen
+from holdfast.messaging.retry import Retry
+from holdfast.services.contracts import topology
+from holdfast.services.contracts.events import OrderDue, PaymentSucceeded
+from holdfast.services.orders.service import Expiry, OrderService
+from holdfast.services.orders.transitions import Transitions
+
+ASK_AGAIN_MS = 5_000
+EARLY_MS = 100  # the message came before the deadline column says so, by a clock of another process
+
+
+def listeners(service: OrderService, transitions: Transitions) -> list[Listen]:
+    """A deadline closes the order unless it is paid; money pays the order or is refunded."""
+
+    async def on_due(incoming: Incoming) -> None:
+        match await service.expire(incoming.body.order_id):
+            case Expiry.EARLY:
+                raise Retry(EARLY_MS, "the deadline is not reached yet")
+            case Expiry.UNKNOWN:
+                raise Retry(ASK_AGAIN_MS, "the payment side does not know yet")
+
+    async def on_money(tx: Tx, events: Sequence[PaymentSucceeded]) -> None:
+        await transitions.pay(tx, events)
+
+    return [
+        Listen(name="orders.due", queue=topology.ORDER_DUE_QUEUE, plain={OrderDue: on_due}),
+        Listen(name="orders.pay", queue=topology.PAY_SUCCESS_QUEUE, effects={PaymentSucceeded: on_money}),
+    ]

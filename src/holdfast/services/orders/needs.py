@@ -1,0 +1,45 @@
+"""What orders asks of other services, in its own words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+from holdfast.db.database import Tx
+from holdfast.services.contracts.values import Bill, PaymentRef, Price, Shortage, TradeEnd, Wanted
+
+
+class Catalogue(Protocol):
+    """Prices."""
+
+    async def prices(self, tx: Tx, wanted: Collection[str]) -> Mapping[str, Price]:
+        """The prices of those SKUs that exist."""
+        ...
+
+
+class Stock(Protocol):
+    """Units."""
+
+    async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> Sequence[Shortage | None]:
+        """Hold stock for orders in the given order, each all or nothing; None says that it is held."""
+        ...
+
+
+class Payments(Protocol):
+    """Money, in the caller's transaction."""
+
+    async def open(self, tx: Tx, bills: Sequence[Bill]) -> Sequence[PaymentRef]:
+        """Open a payment order for each bill."""
+        ...
+
+    async def end(self, tx: Tx, order_ids: Collection[int]) -> set[int]:
+        """End unpaid payment orders; answers the orders that can close, not those paid meanwhile."""
+        ...
+
+
+class Cashier(Protocol):
+    """Money, where the provider has to be asked first; never within a transaction."""
+
+    async def settle_before_close(self, order_id: int) -> TradeEnd:
+        """Make an order's trade unpayable, or learn that it is paid; unknown never means either."""
+        ...

@@ -1,0 +1,110 @@
+"""Orders' counter: what the edge, the listeners and the sweeper may ask."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from holdfast.clock import US_PER_MS, Clock
+from holdfast.db.database import Database
+from holdfast.db.group_commit import GroupCommit
+from holdfast.errors import Unavailable
+from holdfast.services.contracts.values import TradeEnd
+from holdfast.services.orders import store
+from holdfast.services.orders.model import (
+    CancelRequest,
+    NotCancellable,
+    OrderNotFound,
+    OrderStatus,
+    OrderView,
+    Placed,
+    PlaceRequest,
+    check_lines,
+)
+from holdfast.services.orders.needs import Cashier
+from holdfast.services.orders.place import PlaceOrders
+from holdfast.services.orders.transitions import Transitions
+from holdfast.settings import OrdersSettings
+
+SWEEP_LIMIT = 500
+
+
+class Expiry(StrEnum):
+    """What became of an attempt to close an order at its deadline."""
+
+    DONE = "done"  # closed now, or there was nothing left to close
+    EARLY = "early"  # its time is not over
+    UNKNOWN = "unknown"  # the payment side does not know; ask again later
+
+
+class OrderService:
+    """One call per wish or question; verbs go through the group commit, reads outside of it."""
+
+    def __init__(
+        self,
+        database: Database,
+        group: GroupCommit,
+        place: PlaceOrders,
+        transitions: Transitions,
+        cashier: Cashier,
+        clock: Clock,
+        settings: OrdersSettings,
+    ) -> None:
+        self._database = database
+        self._group = group
+        self._place = place
+        self._transitions = transitions
+        self._cashier = cashier
+        self._clock = clock
+        self._settings = settings
+
+    async def place(self, request: PlaceRequest) -> Placed:
+        """Place an order; returning means that it is committed.
+
+        Raises `InvalidInput`, a refusal (`SoldOut`, `UnknownSku`, `MixedCurrencies`, `KeyReused`), or one of
+        `Overloaded`, `Unavailable`, `OutcomeUnknown`: then the same request with the same key may be sent again.
+        """
+        check_lines(request.lines, self._settings.lines_max, self._settings.quantity_max)
+        return await self._group.submit(self._place, request)
+
+    async def get(self, order_id: int, buyer: str) -> OrderView:
+        """A buyer's own order; raises `OrderNotFound`, also for another's."""
+        async with self._database.read() as tx:
+            found = await store.read_views(tx, [order_id], buyer)
+        if order_id not in found:
+            raise OrderNotFound()
+        return found[order_id]
+
+    async def cancel(self, order_id: int, buyer: str) -> OrderView:
+        """Cancel a buyer's own unpaid order, its trade at the provider first.
+
+        Raises `OrderNotFound`, `NotCancellable`, or `Unavailable` when the provider's answer is unknown.
+        """
+        order = await self.get(order_id, buyer)
+        if order.status is OrderStatus.PENDING_PAYMENT:
+            match await self._cashier.settle_before_close(order_id):
+                case TradeEnd.PAID:
+                    raise NotCancellable("the order is being paid; it cannot be cancelled any more")
+                case TradeEnd.UNKNOWN:
+                    raise Unavailable("the payment provider did not answer; the order is unchanged, try again")
+        return await self._group.submit(self._transitions.cancel, CancelRequest(order_id=order_id, buyer=buyer))
+
+    async def expire(self, order_id: int) -> Expiry:
+        """Close an order if its deadline has passed and nobody paid; safe to call at any time, any number of times."""
+        async with self._database.read() as tx:
+            found = await store.deadline(tx, order_id)
+        if found is None or found[0] is not OrderStatus.PENDING_PAYMENT:
+            return Expiry.DONE
+        if found[1] > self._clock.now_us():
+            return Expiry.EARLY
+        match await self._cashier.settle_before_close(order_id):
+            case TradeEnd.UNKNOWN:
+                return Expiry.UNKNOWN
+            case TradeEnd.PAID:
+                return Expiry.DONE  # `payment.succeeded` is on its way and decides
+        closed = await self._group.submit(self._transitions.close, order_id)
+        return Expiry.DONE if closed else Expiry.UNKNOWN
+
+    async def sweep(self, older_than_ms: int = 0) -> list[int]:
+        """Orders that are overdue by so much, at most some hundred at a time; each is to be given to `expire`."""
+        async with self._database.read() as tx:
+            return list(await store.overdue(tx, self._clock.now_us() - older_than_ms * US_PER_MS, SWEEP_LIMIT))

@@ -1,0 +1,155 @@
+"""Orders' tables and SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    Row,
+    Table,
+    Text,
+    UniqueConstraint,
+    select,
+    update,
+)
+
+from holdfast.db.database import Tx
+from holdfast.db.sql import among
+from holdfast.services.contracts.values import PaymentRef
+from holdfast.services.orders.model import OrderStatus, OrderView, PlaceRequest, PricedLine, view
+from holdfast.services.schema import metadata
+
+_STATES = ", ".join(f"'{status}'" for status in OrderStatus)
+
+orders = Table(
+    "order_order",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("buyer", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("amount_minor", BigInteger, nullable=False),
+    Column("currency", Text, nullable=False),
+    Column("payment", Text, nullable=False),  # the payment reference as placed, JSON
+    Column("pay_by_us", BigInteger, nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+    Column("changed_us", BigInteger, nullable=False),
+    CheckConstraint(f"status IN ({_STATES})", name="status"),
+    CheckConstraint("amount_minor >= 0", name="amount"),
+)
+# The timer of record: the sweeper finds by it what no message came for.
+Index(
+    "ix_order_order_due",
+    orders.c.pay_by_us,
+    sqlite_where=orders.c.status == OrderStatus.PENDING_PAYMENT.value,
+    postgresql_where=orders.c.status == OrderStatus.PENDING_PAYMENT.value,
+)
+
+lines = Table(
+    "order_line",
+    metadata,
+    Column("order_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("line_no", Integer, primary_key=True, autoincrement=False),
+    Column("sku", Text, nullable=False),
+    Column("quantity", BigInteger, nullable=False),
+    Column("price_minor", BigInteger, nullable=False),
+    CheckConstraint("quantity > 0", name="quantity"),
+)
+
+# One row per transition; an order enters a state at most once.
+log = Table(
+    "order_log",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("order_id", BigInteger, nullable=False),
+    Column("from_status", Text),
+    Column("to_status", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+    UniqueConstraint("order_id", "to_status", name="uq_order_log_order_id_to_status"),
+)
+
+# The answer given under an idempotency key, kept as long as its order.
+replies = Table(
+    "order_reply",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("buyer", Text, primary_key=True),
+    Column("fingerprint", LargeBinary, nullable=False),
+    Column("order_id", BigInteger, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+)
+
+
+async def stored_replies(tx: Tx, requests: Sequence[PlaceRequest]) -> dict[tuple[str, str], Row[Any]]:
+    """The answers given before, by (buyer, key)."""
+    keys = {request.idempotency_key for request in requests}
+    rows = await tx.execute(select(replies).where(among(tx, replies.c.key, keys)))
+    return {(row.buyer, row.key): row for row in rows}
+
+
+async def lock_orders(tx: Tx, order_ids: Collection[int]) -> dict[int, Row[Any]]:
+    """Lock these orders, in order of id, and read them."""
+    statement = select(orders).where(among(tx, orders.c.id, sorted(order_ids))).order_by(orders.c.id)
+    return {row.id: row for row in await tx.execute(statement.with_for_update())}
+
+
+async def move(tx: Tx, order_ids: Collection[int], came: OrderStatus, to: OrderStatus, now_us: int) -> list[int]:
+    """Move orders from one state to another in one conditional UPDATE; answers those that moved."""
+    statement = (
+        update(orders)
+        .where(among(tx, orders.c.id, sorted(order_ids)), orders.c.status == came.value)
+        .values(status=to.value, changed_us=now_us)
+        .returning(orders.c.id)
+    )
+    return sorted((await tx.execute(statement)).scalars())
+
+
+async def read_views(tx: Tx, order_ids: Collection[int], buyer: str | None) -> dict[int, OrderView]:
+    """Orders as their buyer sees them; with a buyer, only his."""
+    wanted = select(orders).where(among(tx, orders.c.id, order_ids))
+    if buyer is not None:
+        wanted = wanted.where(orders.c.buyer == buyer)
+    found = (await tx.execute(wanted)).all()
+    priced: dict[int, list[PricedLine]] = {row.id: [] for row in found}
+    statement = select(lines).where(among(tx, lines.c.order_id, list(priced)))
+    for row in await tx.execute(statement.order_by(lines.c.order_id, lines.c.line_no)):
+        priced[row.order_id].append(PricedLine(sku=row.sku, quantity=row.quantity, price_minor=row.price_minor))
+    return {
+        row.id: view(
+            row.id,
+            OrderStatus(row.status),
+            tuple(priced[row.id]),
+            row.amount_minor,
+            row.currency,
+            row.created_us,
+            row.pay_by_us,
+            msgspec.json.decode(row.payment, type=PaymentRef),
+        )
+        for row in found
+    }
+
+
+async def overdue(tx: Tx, now_us: int, limit: int) -> Sequence[int]:
+    """Orders whose time to pay is over and that still wait, the longest overdue first."""
+    statement = (
+        select(orders.c.id)
+        .where(orders.c.status == OrderStatus.PENDING_PAYMENT.value, orders.c.pay_by_us <= now_us)
+        .order_by(orders.c.pay_by_us)
+        .limit(limit)
+    )
+    return (await tx.execute(statement)).scalars().all()
+
+
+async def deadline(tx: Tx, order_id: int) -> tuple[OrderStatus, int] | None:
+    """(status, pay by) of an order."""
+    row = (await tx.execute(select(orders.c.status, orders.c.pay_by_us).where(orders.c.id == order_id))).first()
+    return (OrderStatus(row.status), row.pay_by_us) if row else None

@@ -1,0 +1,227 @@
+"""Verbs of payments: open, apply a capture, end, refund. Each takes a batch within the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import msgspec
+from sqlalchemy import bindparam, select, update
+
+from holdfast import observe
+from holdfast.clock import Clock
+from holdfast.db.database import Tx
+from holdfast.db.sql import among, insert
+from holdfast.errors import HoldfastError
+from holdfast.ids import IdSource
+from holdfast.messaging.outbox import Draft, Outbox
+from holdfast.services.contracts import topology
+from holdfast.services.contracts.events import PaymentSucceeded, RefundDue, RefundRequested
+from holdfast.services.contracts.values import Bill, PaymentRef
+from holdfast.services.payments import store
+from holdfast.services.payments.model import PARKED, SUCCEEDED, WAITING, Capture, PaymentOrder, Verdict, judge
+from holdfast.services.payments.needs import Provider
+
+log = observe.logger("payments")
+
+
+class Payments:
+    """What payments can do; what a verb does commits with the caller's `tx` or not at all."""
+
+    def __init__(self, clock: Clock, ids: IdSource, outbox: Outbox, provider: Provider, merchant_id: str) -> None:
+        self._clock = clock
+        self._ids = ids
+        self._outbox = outbox
+        self._provider = provider
+        self._merchant_id = merchant_id
+
+    async def open(self, tx: Tx, bills: Sequence[Bill]) -> list[PaymentRef]:
+        """Open a payment order for each bill."""
+        now_us = self._clock.now_us()
+        opened = [
+            PaymentOrder(
+                id=self._ids.next(),
+                order_id=bill.order_id,
+                buyer=bill.buyer,
+                provider=self._provider.name,
+                amount_minor=bill.amount_minor,
+                currency=bill.currency,
+                status=WAITING,
+                trade_no=None,
+                captured_minor=0,
+                refunded_minor=0,
+                captured_us=None,
+                pay_by_us=bill.pay_by_us,
+            )
+            for bill in bills
+        ]
+        rows = [
+            {name: getattr(payment, name) for name in payment.__struct_fields__}
+            | {"created_us": now_us, "changed_us": now_us}
+            for payment in opened
+        ]
+        await tx.execute(store.payments.insert(), rows)
+        return [
+            PaymentRef(id=str(payment.id), provider=payment.provider, pay_url=self._provider.pay_url(payment))
+            for payment in opened
+        ]
+
+    async def apply(self, tx: Tx, captures: Sequence[Capture]) -> list[Verdict | HoldfastError]:
+        """Store verified notices and apply each capture once; answers what became of each.
+
+        A capture for a payment order that had ended is applied all the same, since the money is there: orders then
+        asks for its refund. A notice with wrong facts changes nothing but is kept, with an alarm.
+        """
+        payments = await store.lock_payments(tx, {capture.payment_id for capture in captures})
+        told = await self._told_before(tx, captures)
+        verdicts: list[Verdict | HoldfastError] = []
+        applied: list[Capture] = []
+        kept = []
+        for capture in captures:
+            event = (capture.provider, capture.event_id)
+            if event in told:
+                verdicts.append(told[event])
+                continue
+            payment = payments.get(capture.payment_id)
+            verdict = judge(capture, payment, self._merchant_id)
+            if verdict is Verdict.APPLIED and payment is not None:
+                payments[payment.id] = _captured(payment, capture)
+                applied.append(capture)
+            told[event] = verdict
+            verdicts.append(verdict)
+            kept.append(self._notice_row(capture, verdict))
+        if kept:
+            await tx.execute(store.notices.insert(), kept)
+        await self._mark_succeeded(tx, applied, payments)
+        return verdicts
+
+    async def tell_again(self, tx: Tx, payments: Sequence[PaymentOrder]) -> list[HoldfastError | None]:
+        """Tell orders of payments that succeeded."""
+        drafts = [
+            Draft(
+                exchange=topology.PAY,
+                routing_key=topology.KEY_PAY_SUCCESS,
+                body=PaymentSucceeded(
+                    payment_id=payment.id,
+                    order_id=payment.order_id,
+                    amount_minor=payment.amount_minor,
+                    currency=payment.currency,
+                    captured_us=payment.captured_us,
+                ),
+            )
+            for payment in payments
+            if payment.captured_us is not None
+        ]
+        await self._outbox.add_all(tx, drafts)
+        return [None for _ in payments]
+
+    async def end(self, tx: Tx, order_ids: Collection[int]) -> set[int]:
+        """End unpaid payment orders; answers the orders that can close, not those paid meanwhile."""
+        return await store.end_open(tx, order_ids, self._clock.now_us())
+
+    async def request_refunds(self, tx: Tx, wishes: Sequence[RefundRequested]) -> None:
+        """Put refunds on the books, one for each payment and reason, and wake up the one who asks the provider."""
+        payments = await store.lock_payments(tx, {wish.payment_id for wish in wishes})
+        now_us = self._clock.now_us()
+        drafts = []
+        for wish in wishes:
+            payment = payments[wish.payment_id]
+            owed = payment.captured_minor - payment.refunded_minor
+            if owed <= 0:
+                continue
+            refund_id = self._ids.next()
+            row = {
+                "id": refund_id,
+                "payment_id": payment.id,
+                "key": f"{wish.reason}:{payment.id}",
+                "amount_minor": owed,
+                "currency": payment.currency,
+                "status": "pending",
+                "created_us": now_us,
+                "changed_us": now_us,
+            }
+            written = insert(tx, store.refunds).values(**row).on_conflict_do_nothing(index_elements=["key"])
+            if (await tx.execute(written)).rowcount:
+                drafts.append(_refund_due(refund_id))
+        await self._outbox.add_all(tx, drafts)
+
+    async def remind_refunds(self, tx: Tx, refund_ids: Sequence[int]) -> list[HoldfastError | None]:
+        """Wake up refunds whose message may have been lost."""
+        await self._outbox.add_all(tx, [_refund_due(refund_id) for refund_id in refund_ids])
+        touched = update(store.refunds).where(among(tx, store.refunds.c.id, refund_ids))
+        await tx.execute(touched.values(changed_us=self._clock.now_us()))
+        return [None for _ in refund_ids]
+
+    async def mark_refunded(self, tx: Tx, refund_ids: Sequence[int]) -> list[HoldfastError | None]:
+        """Book refunds that the provider confirmed; each counts once."""
+        now_us = self._clock.now_us()
+        pending = (
+            update(store.refunds)
+            .where(among(tx, store.refunds.c.id, sorted(refund_ids)), store.refunds.c.status == "pending")
+            .values(status="done", changed_us=now_us)
+            .returning(store.refunds.c.payment_id, store.refunds.c.amount_minor)
+        )
+        for row in (await tx.execute(pending)).all():
+            booked = update(store.payments).where(store.payments.c.id == row.payment_id)
+            more = store.payments.c.refunded_minor + row.amount_minor
+            await tx.execute(booked.values(refunded_minor=more, changed_us=now_us))
+        return [None for _ in refund_ids]
+
+    async def _told_before(self, tx: Tx, captures: Sequence[Capture]) -> dict[tuple[str, str], Verdict]:
+        wanted = {capture.event_id for capture in captures}
+        table = store.notices
+        found = select(table.c.provider, table.c.event_id, table.c.verdict).where(among(tx, table.c.event_id, wanted))
+        return {(row.provider, row.event_id): Verdict(row.verdict) for row in await tx.execute(found)}
+
+    async def _mark_succeeded(self, tx: Tx, applied: Sequence[Capture], payments: dict[int, PaymentOrder]) -> None:
+        if not applied:
+            return
+        table = store.payments
+        statement = (
+            update(table)
+            .where(table.c.id == bindparam("payment_id"), table.c.status != SUCCEEDED)
+            .values(
+                status=SUCCEEDED,
+                trade_no=bindparam("by_trade"),
+                captured_minor=table.c.amount_minor,
+                captured_us=bindparam("at_us"),
+                changed_us=self._clock.now_us(),
+            )
+        )
+        rows = [
+            {"payment_id": capture.payment_id, "by_trade": capture.trade_no, "at_us": capture.captured_us}
+            for capture in applied
+        ]
+        await tx.execute(statement, rows)
+        await self.tell_again(tx, [payments[capture.payment_id] for capture in applied])
+
+    def _notice_row(self, capture: Capture, verdict: Verdict) -> dict[str, object]:
+        if verdict in PARKED:
+            log.error(
+                "notice_parked",
+                provider=capture.provider,
+                event_id=capture.event_id,
+                payment_id=capture.payment_id,
+                verdict=verdict.value,
+            )
+        return {
+            "provider": capture.provider,
+            "event_id": capture.event_id,
+            "payment_id": capture.payment_id,
+            "verdict": verdict.value,
+            "raw": capture.raw,
+            "received_us": self._clock.now_us(),
+        }
+
+
+def _captured(payment: PaymentOrder, capture: Capture) -> PaymentOrder:
+    return msgspec.structs.replace(
+        payment,
+        status=SUCCEEDED,
+        trade_no=capture.trade_no,
+        captured_minor=payment.amount_minor,
+        captured_us=capture.captured_us,
+    )
+
+
+def _refund_due(refund_id: int) -> Draft:
+    return Draft(exchange=topology.PAY, routing_key=topology.KEY_PAY_REFUND, body=RefundDue(refund_id=refund_id))

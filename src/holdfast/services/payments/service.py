@@ -1,0 +1,89 @@
+"""Payments' counter: notices from outside, closing trades before orders close, refunds asked of the provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlalchemy import select
+
+from holdfast import observe
+from holdfast.clock import US_PER_MS, Clock
+from holdfast.db.database import Database
+from holdfast.db.group_commit import GroupCommit
+from holdfast.errors import Refused
+from holdfast.services.contracts.values import TradeEnd
+from holdfast.services.payments import store
+from holdfast.services.payments.actions import Payments
+from holdfast.services.payments.model import SUCCEEDED, Verdict
+from holdfast.services.payments.needs import Provider
+
+SWEEP_LIMIT = 500
+
+log = observe.logger("payments")
+
+
+class UnknownProvider(Refused):
+    """There is no such payment provider."""
+
+    code = "unknown_provider"
+
+
+class PaymentService:
+    """One call per notice or question; calls to the provider are made outside of any transaction."""
+
+    def __init__(
+        self, database: Database, group: GroupCommit, payments: Payments, provider: Provider, clock: Clock
+    ) -> None:
+        self._database = database
+        self._group = group
+        self._payments = payments
+        self._provider = provider
+        self._clock = clock
+
+    async def notice(self, provider: str, headers: Mapping[str, str], raw: bytes) -> Verdict:
+        """Take a provider's notice: verify, store, apply once; returning means that it is committed.
+
+        Raises `UnknownProvider` or `ForgedNotice`; nothing is changed then.
+        """
+        if provider != self._provider.name:
+            raise UnknownProvider(f"there is no payment provider {provider!r} here")
+        return await self._group.submit(self._payments.apply, self._provider.verify_notice(headers, raw))
+
+    async def settle_before_close(self, order_id: int) -> TradeEnd:
+        """Make an order's trade unpayable at the provider, or learn that it is paid (then that is applied).
+
+        `UNKNOWN` means that nobody knows yet: the order must stay open and be asked about again.
+        """
+        async with self._database.read() as tx:
+            payment = await store.of_order(tx, order_id)
+        if payment is None:
+            return TradeEnd.CLOSED
+        if payment.status == SUCCEEDED:
+            # Its order should know by now. Telling it again does no harm, and mends a message that was lost.
+            await self._group.submit(self._payments.tell_again, payment)
+            return TradeEnd.PAID
+        answer = await self._provider.close(payment)
+        if answer.capture is not None:
+            await self._group.submit(self._payments.apply, answer.capture)
+        return answer.end
+
+    async def refund(self, refund_id: int) -> bool:
+        """Ask the provider for a pending refund and book it; False when it has to be asked again."""
+        async with self._database.read() as tx:
+            row = (await tx.execute(select(store.refunds).where(store.refunds.c.id == refund_id))).first()
+            payment = await store.by_id(tx, row.payment_id) if row else None
+        if row is None or payment is None or row.status == "done":
+            return True
+        if not await self._provider.refund(payment, refund_id, row.amount_minor):
+            return False
+        await self._group.submit(self._payments.mark_refunded, refund_id)
+        return True
+
+    async def sweep(self, older_than_ms: int) -> int:
+        """Wake up refunds that wait longer than they should; answers how many."""
+        before_us = self._clock.now_us() - older_than_ms * US_PER_MS
+        async with self._database.read() as tx:
+            waiting = await store.pending_refunds(tx, before_us, SWEEP_LIMIT)
+        for refund_id in waiting:
+            await self._group.submit(self._payments.remind_refunds, refund_id)
+        return len(waiting)

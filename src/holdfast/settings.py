@@ -1,0 +1,204 @@
+"""Typed settings from a TOML file and the environment; one struct per room, unknown or wrong keys refused by name.
+
+A key of the file `[database] pool_size = 8` is `HOLDFAST_DATABASE__POOL_SIZE=8` in the environment, which wins.
+`HOLDFAST_DATABASE` alone is short for `HOLDFAST_DATABASE__URL`. `HOLDFAST_CONFIG` names the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from holdfast.errors import InvalidSettings
+
+PREFIX = "HOLDFAST_"
+CONFIG_KEY = "HOLDFAST_CONFIG"
+SHORT_KEYS = {"HOLDFAST_DATABASE": ("database", "url")}
+FOREIGN_KEYS = frozenset({CONFIG_KEY})
+
+Milliseconds = Annotated[int, Meta(ge=0, le=366 * 86_400_000)]
+Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class Secret(str):
+    """A string that does not show itself in logs, reprs or tracebacks; `reveal()` gives the text."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "Secret('***')"
+
+    def __str__(self) -> str:
+        return "***"
+
+    def __format__(self, spec: str) -> str:
+        return "***"
+
+    def reveal(self) -> str:
+        return str.__str__(self)
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True):
+    """One room's settings."""
+
+
+class DatabaseSettings(Section, frozen=True, kw_only=True):
+    """`[database]`: where the truth lives."""
+
+    url: str = "sqlite:///holdfast.db"
+    pool_size: Positive = 10  # PostgreSQL connections per process
+    readers: Annotated[int, Meta(ge=1, le=64)] = 4  # SQLite read-only connections
+    statement_timeout_ms: Milliseconds = 30_000
+    batch_max: Positive = 200  # requests one group commit takes at most
+    queue_max: Positive = 10_000  # requests waiting for a group commit; more are refused
+
+
+class MessagingSettings(Section, frozen=True, kw_only=True):
+    """`[messaging]`: how messages are claimed and retried."""
+
+    lease_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 30_000  # a claim is void after this unless renewed
+    poll_ms: Annotated[int, Meta(ge=10, le=60_000)] = 1_000  # the guard behind wake-ups
+    prefetch: Positive = 200  # deliveries a listener holds at once
+    local_tries: Annotated[int, Meta(ge=1, le=20)] = 3  # attempts before a durable, delayed retry
+    local_interval_ms: Milliseconds = 1_000
+    durable_tries: Annotated[int, Meta(ge=1, le=1_000)] = 10  # delayed rounds before a message is parked
+    durable_interval_ms: Milliseconds = 5_000
+    durable_interval_ms_max: Milliseconds = 300_000
+    drain_ms: Milliseconds = 10_000  # how long a stop waits for running handlers
+
+
+class OrdersSettings(Section, frozen=True, kw_only=True):
+    """`[orders]`: rules of placing and expiring."""
+
+    time_out_ms: Annotated[int, Meta(ge=100, le=366 * 86_400_000)] = 1_800_000  # 30 minutes to pay
+    sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # the guard behind time-out messages
+    lines_max: Annotated[int, Meta(ge=1, le=500)] = 50
+    quantity_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 100  # per line
+
+
+class PaymentsSettings(Section, frozen=True, kw_only=True):
+    """`[payments]`: providers and their secrets."""
+
+    sandbox: bool = False  # offer the sandbox provider and its pay page; never on a real sale
+    sandbox_secret: Secret = Secret("")
+    merchant_id: str = "holdfast-demo"
+    notice_tolerance_ms: Milliseconds = 300_000  # age at which a signed notice counts as a replay
+    sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # refunds asked for again
+
+
+class HttpSettings(Section, frozen=True, kw_only=True):
+    """`[http]`: the edge."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 8_000
+    token_secret: Secret = Secret("")
+    body_bytes_max: Annotated[int, Meta(ge=1_024, le=10_485_760)] = 65_536
+    request_timeout_ms: Annotated[int, Meta(ge=100, le=600_000)] = 15_000
+
+
+class LogSettings(Section, frozen=True, kw_only=True):
+    """`[log]`: what is written to standard error."""
+
+    format: Literal["console", "json"] = "console"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that can be set."""
+
+    database: DatabaseSettings = DatabaseSettings()
+    messaging: MessagingSettings = MessagingSettings()
+    orders: OrdersSettings = OrdersSettings()
+    payments: PaymentsSettings = PaymentsSettings()
+    http: HttpSettings = HttpSettings()
+    log: LogSettings = LogSettings()
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the file that HOLDFAST_CONFIG names (if any), then the environment.
+
+    Raises `InvalidSettings` naming the file or variable, what was wrong and, for a misspelt key, the likely one.
+    """
+    environ = os.environ if environ is None else environ
+    sections: dict[str, dict[str, tuple[str, Any]]] = {}
+    if path := environ.get(CONFIG_KEY):
+        for section, key, value in _file_entries(Path(path)):
+            sections.setdefault(section, {})[key] = (f"{path}: [{section}] {key}", value)
+    for name, section, key in _environment_entries(environ):
+        sections.setdefault(section, {})[key] = (name, environ[name])
+    chosen: dict[str, Any] = {section: _section(section, entries) for section, entries in sections.items()}
+    return Settings(**chosen)
+
+
+def _file_entries(path: Path) -> list[tuple[str, str, Any]]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidSettings(f"{CONFIG_KEY}: cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"{path} is not valid TOML: {error}") from error
+    entries = []
+    for section, table in document.items():
+        if not isinstance(table, dict):
+            raise InvalidSettings(f"{path}: {section!r} stands outside a section; write it below [database] or another")
+        _known(section, Settings.__struct_fields__, f"{path}: section [{section}]")
+        entries += [(section, key, value) for key, value in table.items()]
+    return entries
+
+
+def _environment_entries(environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    entries = []
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name in FOREIGN_KEYS:
+            continue
+        if name in SHORT_KEYS:
+            section, key = SHORT_KEYS[name]
+        else:
+            section, _, key = name.removeprefix(PREFIX).lower().partition("__")
+            _known(name, _variable_names(), f"variable {name}")
+        entries.append((name, section, key))
+    # The long form is more specific than the short one, so it is applied later.
+    return sorted(entries, key=lambda entry: entry[0] not in SHORT_KEYS)
+
+
+def _variable_names() -> list[str]:
+    return [
+        f"{PREFIX}{section.name}__{key}".upper()
+        for section in msgspec.structs.fields(Settings)
+        for key in section.type.__struct_fields__
+    ]
+
+
+def _section(section: str, entries: dict[str, tuple[str, Any]]) -> Section:
+    kind = next(field.type for field in msgspec.structs.fields(Settings) if field.name == section)
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    values = {}
+    for key, (origin, value) in entries.items():
+        _known(key, list(fields), origin)
+        try:
+            values[key] = msgspec.convert(value, fields[key], strict=False, dec_hook=_decode_secret)
+        except msgspec.ValidationError as error:
+            shown = "***" if fields[key] is Secret else repr(value)
+            raise InvalidSettings(f"{origin} = {shown} is wrong: {error}") from None
+    return kind(**values)  # type: ignore[no-any-return]  # msgspec types Field.type as Any
+
+
+def _known(name: str, choices: list[str] | tuple[str, ...], origin: str) -> None:
+    if name in choices:
+        return
+    close = difflib.get_close_matches(name, choices, n=1)
+    hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(choices))}"
+    raise InvalidSettings(f"{origin} is unknown{hint}")
+
+
+def _decode_secret(kind: type, value: Any) -> Any:
+    if kind is Secret and isinstance(value, str):
+        return Secret(value)
+    raise msgspec.ValidationError(f"Expected `str`, got `{type(value).__name__}`")

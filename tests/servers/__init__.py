@@ -1,0 +1,1 @@
+"""Real servers, started privately for a test run."""
