@@ -26,7 +26,7 @@ def rows_of(tx: Tx, values: Collection[Any], kind: TypeEngine[Any]) -> TableValu
     """The values as a table with one column `value`: `unnest(array)` on PostgreSQL, `json_each` on SQLite."""
     if tx.dialect == "postgresql":
         array: BindParameter[Any] = bindparam(None, list(values), type_=postgresql.ARRAY(kind))
-        return func.unnest(array).table_valued(column("value", kind), name="given")
+        return func.unnest(array).table_valued(column("value", kind), name="given").render_derived()
     document: BindParameter[str] = bindparam(None, msgspec.json.encode(list(values)).decode())
     return func.json_each(document).table_valued(column("value", kind), name="given")
 

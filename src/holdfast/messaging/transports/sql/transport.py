@@ -11,7 +11,7 @@ from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Database, Tx
 from holdfast.db.group_commit import GroupCommit
-from holdfast.db.sql import rows_of
+from holdfast.db.sql import among
 from holdfast.errors import (
     HoldfastError,
     InvalidInput,
@@ -119,10 +119,9 @@ class SqlTransport:
 
     async def cancel_in(self, tx: Tx, cancel_keys: Sequence[str]) -> int:
         """Remove what waits under these keys; SKIP LOCKED leaves what a consumer is about to take."""
-        keys = rows_of(tx, cancel_keys, messages.c.cancel_key.type)
         waiting = (
             select(messages.c.id)
-            .where(messages.c.cancel_key.in_(select(keys.c.value)), messages.c.lease.is_(None))
+            .where(among(tx, messages.c.cancel_key, cancel_keys), messages.c.lease.is_(None))
             .with_for_update(skip_locked=True)
         )
         return (await tx.execute(delete(messages).where(messages.c.id.in_(waiting)))).rowcount

@@ -1,0 +1,1 @@
+"""One test per capability row, named by it."""

@@ -1,0 +1,1 @@
+"""Every backend passes this suite."""

@@ -1,0 +1,1 @@
+"""Rules and policies: no I/O beyond memory, no sleep; mirrors src/."""
