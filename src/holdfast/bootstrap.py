@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
+from sqlalchemy import text
 
 from holdfast import observe
 from holdfast.clock import Clock, SystemClock
@@ -89,6 +90,11 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
             self.listen(listen)
         for sweeper in self.sweepers:
             sweeper.start()
+
+    async def check(self) -> None:
+        """Ask the database for a sign of life; raises `Unavailable`."""
+        async with self.database.read() as tx:
+            await tx.execute(text("SELECT 1"))
 
     async def stop_work(self) -> None:
         """Stop sweepers and listeners: running handlers finish, the rest goes back to the queues."""

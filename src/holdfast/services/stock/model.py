@@ -16,12 +16,16 @@ RELEASED = 2
 DEDUCTED = 3
 
 
+Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
+UnitPrice = Annotated[int, Meta(ge=1, le=1_000_000_000_000)]
+
+
 class Sku(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """What can be sold, and its price."""
 
     sku: Code
-    title: Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
-    price_minor: Annotated[int, Meta(ge=1, le=1_000_000_000_000)]
+    title: Title
+    price_minor: UnitPrice
     currency: Currency
 
 

@@ -1,0 +1,1 @@
+"""The HTTP API: one file of routes per service."""

@@ -1,0 +1,138 @@
+"""Errors as RFC 9457 problems: one table from error to status, the error's own code and sentence in the body."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException, ValidationException
+
+from holdfast import observe
+from holdfast.errors import (
+    Conflict,
+    HoldfastError,
+    InvalidInput,
+    OutcomeUnknown,
+    Refused,
+    Unavailable,
+)
+from holdfast.services.orders.model import KeyReused, MixedCurrencies, OrderNotFound
+from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
+from holdfast.services.payments.service import UnknownProvider
+from holdfast.services.stock.actions import UnknownSku
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = "1"
+
+log = observe.logger("http")
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of a refusal."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    instance: str | None = None
+
+
+class Unauthorized(HoldfastError):
+    """The bearer token is missing, wrong or expired; get a new one."""
+
+    code = "unauthorized"
+
+
+class Forbidden(HoldfastError):
+    """The token lacks the scope that this needs."""
+
+    code = "forbidden"
+
+
+# The first class that an error belongs to gives the status.
+STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
+    (Unauthorized, 401),
+    (Forbidden, 403),
+    (OrderNotFound, 404),
+    (UnknownSku, 404),
+    (UnknownProvider, 404),
+    (KeyReused, 422),
+    (UnknownSkuOnLine, 422),
+    (MixedCurrencies, 422),
+    (InvalidInput, 400),
+    (Refused, 409),
+    (Conflict, 503),
+    (Unavailable, 503),
+    (OutcomeUnknown, 503),
+)
+
+_TITLES = {
+    400: "The request is wrong",
+    401: "Not signed in",
+    403: "Not allowed",
+    404: "Not found",
+    405: "Method not allowed",
+    409: "Not possible",
+    413: "Too large",
+    415: "Wrong content type",
+    422: "Cannot be processed",
+    500: "Our fault",
+    503: "Try again",
+}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
+
+
+def status_of(error: HoldfastError) -> int:
+    """The HTTP status of one of our errors; one the table does not know is our fault."""
+    return next((status for kind, status in STATUS if isinstance(error, kind)), 500)
+
+
+def problem(status: int, code: str, detail: str) -> Problem:
+    """A problem document; its type is a URN of ours, one for each code."""
+    title = _TITLES.get(status, "Not possible")
+    return Problem(type=f"urn:holdfast:problem:{code}", title=title, status=status, code=code, detail=detail)
+
+
+def from_ours(_: Request[Any, Any, Any], error: HoldfastError) -> Response[bytes]:
+    """One of our errors."""
+    status = status_of(error)
+    if status == 500:
+        return from_unexpected(_, error)
+    headers = {}
+    if status == 503:
+        headers["Retry-After"] = RETRY_AFTER_S
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return _respond(problem(status, error.code, error.detail), headers)
+
+
+def from_framework(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    """What the framework refuses: unknown paths, bodies that do not fit, too large ones."""
+    status = error.status_code
+    if status == 500:
+        return from_unexpected(_, error)
+    code = _CODES.get(status, "invalid_input")
+    detail = _fields(error) if isinstance(error, ValidationException) else str(error.detail)
+    return _respond(problem(status, code, detail), dict(error.headers or {}))
+
+
+def from_unexpected(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """A bug: logged in full under an id, and told without any of its content."""
+    incident = secrets.token_hex(8)
+    log.error("unexpected_error", incident=incident, exc_info=error)
+    body = problem(500, "internal_error", "something went wrong on our side; nothing is known to have changed")
+    return _respond(msgspec.structs.replace(body, instance=f"urn:holdfast:incident:{incident}"), {})
+
+
+def _fields(error: ValidationException) -> str:
+    """Name each wrong field; the framework's text alone says only that something is wrong."""
+    extra = error.extra if isinstance(error.extra, list) else []
+    named = [f"{each.get('key', 'body')}: {each.get('message', '')}" for each in extra if isinstance(each, dict)]
+    return "; ".join(named)[:1_000] or str(error.detail)
+
+
+def _respond(body: Problem, headers: dict[str, str]) -> Response[bytes]:
+    return Response(content=msgspec.json.encode(body), status_code=body.status, media_type=MEDIA_TYPE, headers=headers)

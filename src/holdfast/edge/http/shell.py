@@ -1,0 +1,64 @@
+"""The outermost layer of every request: trace, measure, and end it in time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from holdfast import observe
+from holdfast.clock import Clock
+from holdfast.edge.http.problems import MEDIA_TYPE, RETRY_AFTER_S, problem
+
+
+class Shell:
+    """An ASGI layer around the application."""
+
+    def __init__(self, app: ASGIApp, clock: Clock, timeout_s: float) -> None:
+        self._app = app
+        self._clock = clock
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await self._app(scope, receive, send)
+            return
+        started = self._clock.monotonic()
+        status = 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        with observe.trace_from(_headers(scope)):
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._app(scope, receive, watched)
+            except TimeoutError:
+                if status == 0:
+                    status = 503
+                    await _too_late(send, self._timeout_s)
+        route = str(scope.get("path_template") or "unmatched")
+        observe.http_requests.labels(route, str(status)).inc()
+        observe.http_seconds.labels(route).observe(self._clock.monotonic() - started)
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    wanted = (b"traceparent", b"tracestate")
+    return {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in wanted}
+
+
+async def _too_late(send: Send, timeout_s: float) -> None:
+    detail = f"no answer within {timeout_s} s; ask again with the same idempotency key"
+    body = msgspec.json.encode(problem(503, "outcome_unknown", detail))
+    headers = [
+        (b"content-type", MEDIA_TYPE.encode()),
+        (b"content-length", str(len(body)).encode()),
+        (b"retry-after", RETRY_AFTER_S.encode()),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

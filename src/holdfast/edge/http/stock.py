@@ -1,0 +1,101 @@
+"""Routes of stock: what is left, for everybody; the shelves, for staff."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Router, get, post, put
+from litestar.di import Provide
+from litestar.params import Parameter
+
+from holdfast.bootstrap import System
+from holdfast.edge.http.auth import Caller, staff
+from holdfast.errors import InvalidInput
+from holdfast.services.contracts.values import Code, Currency, Quantity
+from holdfast.services.orders.model import IdempotencyKey
+from holdfast.services.stock.model import Level, Receipt, Sku, Title, UnitPrice
+
+
+class Availability(msgspec.Struct, frozen=True, kw_only=True):
+    """How many units of a SKU can be ordered now."""
+
+    sku: str
+    available: int
+
+
+class SkuBody(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """A SKU's title and price."""
+
+    title: Title
+    price_minor: UnitPrice
+    currency: Currency
+
+
+class ReceiptBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Units that came in."""
+
+    sku: Code
+    quantity: Quantity
+    warehouse: Code = "main"
+
+
+@get("/stocks/{sku:str}", summary="How many are left")
+async def available(sku: str, system: System) -> Availability:
+    """Units of a SKU that can be ordered now, over all warehouses."""
+    levels = await system.stock.levels(checked(sku))
+    return Availability(sku=sku, available=sum(level.available for level in levels))
+
+
+@get("/stocks", summary="All levels (staff)", dependencies={"caller": Provide(staff, sync_to_thread=False)})
+async def levels(caller: Caller, system: System) -> list[Level]:
+    """Every SKU in every warehouse with its counters."""
+    return await system.stock.levels()
+
+
+@put(
+    "/skus/{sku:str}",
+    summary="Create or change a SKU (staff)",
+    dependencies={"caller": Provide(staff, sync_to_thread=False)},
+)
+async def keep(sku: str, data: SkuBody, caller: Caller, system: System) -> Sku:
+    """Set title and price; orders keep the price they were placed at."""
+    wanted = Sku(sku=checked(sku), title=data.title, price_minor=data.price_minor, currency=data.currency)
+    return await system.stock.keep_sku(wanted)
+
+
+@post(
+    "/stocks/receipts",
+    summary="Book units that came in (staff)",
+    dependencies={"caller": Provide(staff, sync_to_thread=False)},
+)
+async def receive(
+    data: ReceiptBody,
+    caller: Caller,
+    system: System,
+    idempotency_key: Annotated[IdempotencyKey, Parameter(header="Idempotency-Key")],
+) -> list[Level]:
+    """Book a receipt once per key; answers the SKU's levels."""
+    receipt = Receipt(
+        key=idempotency_key,
+        sku=data.sku,
+        warehouse=data.warehouse,
+        quantity=data.quantity,
+        actor=caller.subject,
+    )
+    return await system.stock.receive(receipt)
+
+
+def checked(sku: str) -> str:
+    """A SKU from a path; raises `InvalidInput`."""
+    try:
+        code: str = msgspec.convert(sku, Code)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"sku in the path: {error}") from None
+    return code
+
+
+def router() -> Router:
+    """The routes below /v1."""
+    handlers: list[Any] = [available, levels, keep, receive]
+    return Router(path="/v1", route_handlers=handlers, tags=["stock"])

@@ -1,0 +1,114 @@
+"""Run the API, the workers, or both in this process, until a signal asks to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from holdfast import observe
+from holdfast.bootstrap import System, running
+from holdfast.edge.http.app import build_app
+from holdfast.errors import InvalidSettings
+from holdfast.settings import Settings
+
+BACKLOG = 2_048
+
+log = observe.logger("server")
+
+
+class ApiServer(uvicorn.Server):
+    """uvicorn without its own signal handling: it would kill the process before the workers have drained."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(main: Callable[[], Awaitable[int]]) -> int:
+    """Run a coroutine on uvloop to its end."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_as_coroutine(main))
+
+
+async def serve(settings: Settings, *, work: bool, on_ready: Callable[[str], None]) -> int:
+    """Serve the API, with the workers unless told otherwise; `on_ready` gets the URL once it listens."""
+    stop = _stop_event()
+    async with running(settings) as system:
+        if work:
+            system.work()
+        async with listening(system) as url:
+            on_ready(url)
+            await stop.wait()
+            log.info("stopping")
+    return 0
+
+
+async def work(settings: Settings, on_ready: Callable[[], None]) -> int:
+    """Run the workers only."""
+    stop = _stop_event()
+    async with running(settings) as system:
+        system.work()
+        on_ready()
+        await stop.wait()
+        log.info("stopping")
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def listening(system: System) -> Any:
+    """The API of a running system on its configured address; gives the URL, stops accepting and drains at the end."""
+    settings = system.settings.http
+    bound = _bind(settings.host, settings.port)
+    config = uvicorn.Config(
+        build_app(system),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=max(1, system.settings.messaging.drain_ms // 1_000),
+    )
+    server = ApiServer(config)
+    task = asyncio.create_task(server.serve(sockets=[bound]), name="api")
+    try:
+        while not server.started and not task.done():
+            await system.clock.sleep(0.005)
+        if task.done():
+            task.result()
+        yield f"http://{settings.host}:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        raise InvalidSettings(f"cannot listen on {host}:{port}: {error.strerror}; set HOLDFAST_HTTP__PORT") from error
+    return bound
+
+
+def _stop_event() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(each, stop.set)
+    return stop
+
+
+async def _as_coroutine(main: Callable[[], Awaitable[int]]) -> int:
+    return await main()
