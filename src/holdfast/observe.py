@@ -11,6 +11,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import structlog
@@ -64,6 +65,8 @@ orders_moved = Counter(
 )
 
 _propagator = TraceContextTextMapPropagator()
+# The span that `trace_from` made current, with its headers ready: writing them anew for every message costs more.
+_carried: ContextVar[tuple[trace.Span, Mapping[str, str]] | None] = ContextVar("carried", default=None)
 
 
 def configure_logs(form: str, level: str) -> None:
@@ -106,14 +109,24 @@ def trace_from(carrier: Mapping[str, str]) -> Iterator[None]:
         span = trace.SpanContext(secrets.randbits(128) or 1, secrets.randbits(64) or 1, is_remote=False)
         found = trace.set_span_in_context(trace.NonRecordingSpan(span), found)
     token = context.attach(found)
+    headers: dict[str, str] = {}
+    _propagator.inject(headers)
+    carried = _carried.set((trace.get_current_span(), headers))
     try:
         yield
     finally:
+        _carried.reset(carried)
         context.detach(token)
 
 
-def trace_headers() -> dict[str, str]:
+def trace_headers() -> Mapping[str, str]:
     """The `traceparent` (and `tracestate`) of the running trace, to be carried in a message; empty without one."""
+    carried = _carried.get()
+    span = trace.get_current_span()
+    if carried is not None and carried[0] is span:
+        return carried[1]
+    if not span.get_span_context().is_valid:
+        return {}
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
     return carrier

@@ -46,7 +46,9 @@ def translate(error: Exception) -> Exception:
     if isinstance(error, OSError):
         return _caused(Unavailable(f"the database cannot be reached: {error}"), error)
     if isinstance(error, exc.DBAPIError):
-        return _caused(_from_driver(error), error)
+        return _caused(_from_driver(error, error.orig, error.connection_invalidated), error)
+    if isinstance(error, sqlite3.Error) or type(error).__module__.startswith("asyncpg."):
+        return _caused(_from_driver(error, error, False), error)
     return error
 
 
@@ -58,37 +60,31 @@ def translate_commit(error: Exception) -> Exception:
     return ours
 
 
-def _from_driver(error: exc.DBAPIError) -> Exception:
-    code = _sqlstate(error)
-    if code in _SERIALIZATION:
+def _from_driver(error: Exception, origin: BaseException | None, cut: bool) -> Exception:
+    """Classify by the database's code; `origin` is the driver's error, `cut` says that its connection is gone."""
+    sqlstate = getattr(origin, "sqlstate", None) or getattr(origin, "pgcode", None) or ""
+    sqlite_code = getattr(origin, "sqlite_errorcode", None) or 0
+    if sqlstate in _SERIALIZATION:
         return Conflict("lost a race with another transaction")
-    if code == _UNIQUE or _sqlite_code(error) in _SQLITE_UNIQUE:
-        return Conflict(f"a unique key is taken: {_first_line(error)}")
-    if isinstance(error, exc.IntegrityError) or (code or "").startswith(_INTEGRITY_CLASS):
-        return ConstraintFailed(_first_line(error))
+    if sqlstate == _UNIQUE or sqlite_code in _SQLITE_UNIQUE:
+        return Conflict(f"a unique key is taken: {_first_line(origin)}")
+    if sqlstate.startswith(_INTEGRITY_CLASS) or sqlite_code & 0xFF == sqlite3.SQLITE_CONSTRAINT:
+        return ConstraintFailed(_first_line(origin))
     if (
-        error.connection_invalidated
-        or isinstance(error, exc.InterfaceError)
-        or code in _AWAY_CODES
-        or (code or "").startswith(_AWAY_CLASSES)
-        or (_sqlite_code(error) or 0) & 0xFF in _SQLITE_AWAY
-        or isinstance(error.orig, (OSError, TimeoutError))
+        cut
+        or sqlstate in _AWAY_CODES
+        or sqlstate.startswith(_AWAY_CLASSES)
+        or sqlite_code & 0xFF in _SQLITE_AWAY
+        or "InterfaceError" in type(origin).__name__
+        or isinstance(origin, (OSError, TimeoutError))
     ):
-        return Unavailable(f"the database is away: {_first_line(error)}")
+        return Unavailable(f"the database is away: {_first_line(origin)}")
     return error
 
 
-def _sqlstate(error: exc.DBAPIError) -> str | None:
-    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-
-
-def _sqlite_code(error: exc.DBAPIError) -> int | None:
-    return getattr(error.orig, "sqlite_errorcode", None)
-
-
-def _first_line(error: exc.DBAPIError) -> str:
+def _first_line(error: BaseException | None) -> str:
     # Only the message: the statement's parameters may hold a buyer's data.
-    return str(error.orig).partition("\n")[0][:300]
+    return str(error).partition("\n")[0][:300]
 
 
 def _caused(ours: Exception, cause: Exception) -> Exception:

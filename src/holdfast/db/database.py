@@ -31,6 +31,8 @@ class Tx:
         self.dialect = dialect
         self.memo: dict[Any, Any] = {}  # what was read in this transaction and cannot change during it
         self._after_commit: list[Callable[[], None]] = []
+        self._causes: dict[int, tuple[Any, Mapping[str, str]]] = {}
+        self._driver: Any = None
 
     async def execute(self, statement: Executable, parameters: Parameters | None = None) -> CursorResult[Any]:
         """Run one statement; a list of parameter sets runs it for each.
@@ -42,12 +44,49 @@ class Tx:
         except Exception as error:
             raise translate(error) from error
 
+    async def fetch(self, text: str, arguments: Sequence[Any]) -> Sequence[Any]:
+        """Run one statement on the driver and fetch all its rows; for `Prepared`. Raises as `execute` does."""
+        driver = await self._on_driver()
+        try:
+            if self.dialect == "postgresql":
+                rows: Sequence[Any] = await driver.fetch(text, *arguments)
+            else:
+                rows = await driver.execute_fetchall(text, arguments)
+        except Exception as error:
+            raise translate(error) from error
+        return rows
+
+    async def run_many(self, text: str, arguments: Sequence[Sequence[Any]]) -> None:
+        """Run one statement for each set of arguments on the driver; for `Prepared`. Raises as `execute` does."""
+        driver = await self._on_driver()
+        try:
+            if self.dialect == "postgresql":
+                await driver.executemany(text, arguments)
+            else:
+                await (await driver.executemany(text, arguments)).close()
+        except Exception as error:
+            raise translate(error) from error
+
+    def caused(self, by: Any, trace: Mapping[str, str]) -> None:
+        """Note the trace of a request or message that is decided in this transaction; `by` is known by identity."""
+        if trace:
+            self._causes[id(by)] = (by, trace)  # kept alive, so that its identity stays its own
+
+    def trace_of(self, by: Any) -> Mapping[str, str]:
+        """The trace that a request or message came with; several may share one transaction."""
+        return self._causes[id(by)][1] if id(by) in self._causes else {}
+
     def on_commit(self, callback: Callable[[], None]) -> None:
         """Call back once the commit is certain, in order of registration; never after a rollback.
 
         The callback must neither wait nor fail: it wakes somebody up. What must not be lost belongs in a row.
         """
         self._after_commit.append(callback)
+
+    async def _on_driver(self) -> Any:
+        if self._driver is None:
+            self._driver = (await self.connection.get_raw_connection()).driver_connection
+        return self._driver
 
     def committed(self) -> None:
         """Run the callbacks; called by the database after COMMIT."""

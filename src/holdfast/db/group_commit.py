@@ -33,9 +33,10 @@ log = observe.logger("group_commit")
 
 
 class _Job:
-    __slots__ = ("answer", "arrived", "decide", "request")
+    __slots__ = ("answer", "arrived", "decide", "request", "trace")
 
     def __init__(self, decide: Decide[Any, Any], request: Any, arrived: float, answer: asyncio.Future[Any]) -> None:
+        self.trace = observe.trace_headers()
         self.decide = decide
         self.request = request
         self.arrived = arrived
@@ -150,6 +151,8 @@ class GroupCommit:
             verbs.setdefault(job.decide, []).append(index)
         answers: list[Any] = [None] * len(batch)
         async with self._database.transaction() as tx:
+            for job in batch:
+                tx.caused(job.request, job.trace)
             for decide, indexes in verbs.items():
                 given = await decide(tx, [batch[index].request for index in indexes])
                 for index, answer in zip(indexes, given, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -68,8 +69,11 @@ class PostgresDatabase:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Tx]:
         async with self._connection() as connection:
-            tx = Tx(connection, "postgresql")
-            async with committing(tx, connection.commit, connection.rollback):
+            # BEGIN and COMMIT are asked of the driver, so that statements may go to it directly (`Prepared`); for
+            # SQLAlchemy the connection is in autocommit, and what it runs falls into the transaction that is open.
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            opened = await _begin(connection)
+            async with committing(Tx(connection, "postgresql"), opened.commit, opened.rollback) as tx:
                 yield tx
 
     @asynccontextmanager
@@ -97,7 +101,7 @@ class PostgresDatabase:
         try:
             yield connection
         finally:
-            await asyncio.shield(connection.close())
+            await asyncio.shield(_give_back(connection))
 
     async def _refuse_unsafe(self) -> None:
         async with self.read() as tx:
@@ -108,3 +112,25 @@ class PostgresDatabase:
                         f"PostgreSQL runs with {name}=off: a crash would lose orders that were acknowledged. "
                         f"Set {name}=on (server, database or role) and start again"
                     )
+
+
+async def _begin(connection: AsyncConnection) -> Any:
+    driver: Any = (await connection.get_raw_connection()).driver_connection
+    opened = driver.transaction()
+    try:
+        await opened.start()
+    except Exception as error:
+        raise translate(error) from error
+    return opened
+
+
+async def _give_back(connection: AsyncConnection) -> None:
+    """Return a connection to the pool, unless the driver knows that it is dead or still in a transaction."""
+    if not connection.invalidated:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if driver.is_closed():
+            await connection.invalidate()
+        elif driver.is_in_transaction():
+            driver.terminate()
+            await connection.invalidate()
+    await connection.close()

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import BigInteger, Text, literal, select, true
+from sqlalchemy import BigInteger, Executable, Text, bindparam, select, true
 
 from holdfast.clock import Clock
-from holdfast.db.database import Tx
-from holdfast.db.sql import insert, rows_of
+from holdfast.db.database import Dialect, Tx
+from holdfast.db.prepared import Prepared, insert, rows_of
 from holdfast.messaging.tables import inbox
+
+
+def _claim(dialect: Dialect) -> Executable:
+    given = rows_of(dialect, "message_ids", Text())
+    rows = select(bindparam("consumer", type_=Text), given.c.value, bindparam("now_us", type_=BigInteger)).where(true())
+    claim = insert(dialect, inbox).from_select(["consumer", "message_id", "done_us"], rows)
+    return claim.on_conflict_do_nothing().returning(inbox.c.message_id)
+
+
+_CLAIM = Prepared(_claim)
 
 
 class Inbox:
@@ -24,12 +34,6 @@ class Inbox:
         Two transactions that claim one message wait for each other: the second sees it claimed if the first commits.
         Only the unique key decides; any other database error is raised and never taken for a duplicate.
         """
-        given = rows_of(tx, sorted(set(message_ids)), Text())  # sorted: one written order, so no deadlock
-        claim = select(literal(consumer, Text), given.c.value, literal(self._clock.now_us(), BigInteger)).where(true())
-        statement = (
-            insert(tx, inbox)
-            .from_select(["consumer", "message_id", "done_us"], claim)
-            .on_conflict_do_nothing()
-            .returning(inbox.c.message_id)
-        )
-        return set((await tx.execute(statement)).scalars())
+        ids = sorted(set(message_ids))  # one written order, so no deadlock
+        claimed = await _CLAIM.rows(tx, consumer=consumer, message_ids=ids, now_us=self._clock.now_us())
+        return {row.message_id for row in claimed}

@@ -6,7 +6,7 @@ shares the database the row written is already the queue's row, so there is noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -36,6 +36,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     mandatory: bool = True
     cancel_key: str | None = None
     message_id: str | None = None
+    trace: Mapping[str, str] = {}  # of what caused it (`Tx.trace_of`); the running trace when empty
 
 
 class Outbox:
@@ -77,7 +78,7 @@ class Outbox:
         """
         if not drafts:
             return
-        trace = observe.trace_headers()
+        trace = observe.trace_headers()  # of the running task; a draft's own comes first
         for problem in await self._transport.publish_in(tx, [self._outgoing(draft, trace) for draft in drafts]):
             if problem is not None:
                 raise problem
@@ -86,7 +87,7 @@ class Outbox:
         """Remove pending messages by key within `tx`; answers how many. One already delivered is not called back."""
         return await self._transport.cancel_in(tx, cancel_keys) if cancel_keys else 0
 
-    def _outgoing(self, draft: Draft, trace: dict[str, str]) -> Outgoing:
+    def _outgoing(self, draft: Draft, trace: Mapping[str, str]) -> Outgoing:
         now_us = self._clock.now_us()
         delay_ms = draft.delay_ms
         if draft.due_us is not None:
@@ -101,6 +102,6 @@ class Outbox:
             message_id=draft.message_id or self._ids.message_id(),
             timestamp_us=now_us,
             type=type_id,
-            headers=trace,
+            headers=draft.trace or trace,
         )
         return Outgoing(message=message, delay_ms=delay_ms, mandatory=draft.mandatory, cancel_key=draft.cancel_key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -166,8 +166,10 @@ class PlaceOrders:
             }
             for draft, answer in zip(drafts, placed, strict=True)
         ]
-        await tx.execute(store.replies.insert(), replies)
-        await self._outbox.add_all(tx, [message for draft in drafts for message in _messages(draft, pay_by_us)])
+        await store.insert_replies.many(tx, replies)
+        await self._outbox.add_all(
+            tx, [message for draft in drafts for message in _messages(draft, pay_by_us, tx.trace_of(draft.request))]
+        )
         tx.on_commit(lambda: observe.orders_moved.labels(OrderStatus.PENDING_PAYMENT.value).inc(len(drafts)))
         return placed
 
@@ -210,9 +212,9 @@ class PlaceOrders:
             }
             for draft in drafts
         ]
-        await tx.execute(store.orders.insert(), orders)
-        await tx.execute(store.lines.insert(), lines)
-        await tx.execute(store.log.insert(), entries)
+        await store.insert_orders.many(tx, orders)
+        await store.insert_lines.many(tx, lines)
+        await store.insert_entries.many(tx, entries)
 
 
 def deadline_key(order_id: int) -> str:
@@ -240,7 +242,7 @@ def _placed(draft: _Draft, payment: PaymentRef, created_us: int, pay_by_us: int)
     return Placed(order_id=draft.order_id, body=msgspec.json.encode(seen), replayed=False)
 
 
-def _messages(draft: _Draft, pay_by_us: int) -> list[Draft]:
+def _messages(draft: _Draft, pay_by_us: int, trace: Mapping[str, str]) -> list[Draft]:
     created = OrderCreated(
         order_id=draft.order_id,
         buyer=draft.request.buyer,
@@ -255,6 +257,7 @@ def _messages(draft: _Draft, pay_by_us: int) -> list[Draft]:
             routing_key=topology.KEY_ORDER_CREATE,
             body=created,
             mandatory=False,  # a fact for whoever listens; nobody has to
+            trace=trace,
         ),
         Draft(
             exchange=topology.ORDER_EVENTS,
@@ -262,5 +265,6 @@ def _messages(draft: _Draft, pay_by_us: int) -> list[Draft]:
             body=OrderDue(order_id=draft.order_id),
             due_us=pay_by_us,
             cancel_key=deadline_key(draft.order_id),
+            trace=trace,
         ),
     ]

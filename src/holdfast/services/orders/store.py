@@ -10,19 +10,20 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Executable,
     Index,
     Integer,
     LargeBinary,
-    Row,
     Table,
     Text,
     UniqueConstraint,
+    bindparam,
     select,
     update,
 )
 
-from holdfast.db.database import Tx
-from holdfast.db.sql import among
+from holdfast.db.database import Dialect, Tx
+from holdfast.db.prepared import Prepared, among, insert_all
 from holdfast.services.contracts.values import PaymentRef
 from holdfast.services.orders.model import OrderStatus, OrderView, PlaceRequest, PricedLine, view
 from holdfast.services.schema import metadata
@@ -89,39 +90,69 @@ replies = Table(
 )
 
 
-async def stored_replies(tx: Tx, requests: Sequence[PlaceRequest]) -> dict[tuple[str, str], Row[Any]]:
+insert_orders = insert_all(orders)
+insert_lines = insert_all(lines)
+insert_entries = insert_all(log)
+insert_replies = insert_all(replies)
+
+
+def _lock(dialect: Dialect) -> Executable:
+    chosen = select(orders.c.id, orders.c.buyer, orders.c.status, orders.c.pay_by_us)
+    return chosen.where(among(dialect, orders.c.id, "order_ids")).order_by(orders.c.id).with_for_update()
+
+
+def _move(dialect: Dialect) -> Executable:
+    return (
+        update(orders)
+        .where(among(dialect, orders.c.id, "order_ids"), orders.c.status == bindparam("came"))
+        .values(status=bindparam("to_status"), changed_us=bindparam("now_us"))
+        .returning(orders.c.id)
+    )
+
+
+_LOCK = Prepared(_lock)
+_MOVE = Prepared(_move)
+_REPLIES = Prepared(lambda dialect: select(replies).where(among(dialect, replies.c.key, "keys")))
+_ORDERS = Prepared(lambda dialect: select(orders).where(among(dialect, orders.c.id, "order_ids")))
+_ORDERS_OF = Prepared(
+    lambda dialect: select(orders).where(
+        among(dialect, orders.c.id, "order_ids"), orders.c.buyer == bindparam("of_buyer")
+    )
+)
+_LINES = Prepared(
+    lambda dialect: (
+        select(lines).where(among(dialect, lines.c.order_id, "order_ids")).order_by(lines.c.order_id, lines.c.line_no)
+    )
+)
+_DEADLINE = Prepared(lambda _: select(orders.c.status, orders.c.pay_by_us).where(orders.c.id == bindparam("order_id")))
+
+
+async def stored_replies(tx: Tx, requests: Sequence[PlaceRequest]) -> dict[tuple[str, str], Any]:
     """The answers given before, by (buyer, key)."""
     keys = {request.idempotency_key for request in requests}
-    rows = await tx.execute(select(replies).where(among(tx, replies.c.key, keys)))
-    return {(row.buyer, row.key): row for row in rows}
+    return {(row.buyer, row.key): row for row in await _REPLIES.rows(tx, keys=keys)}
 
 
-async def lock_orders(tx: Tx, order_ids: Collection[int]) -> dict[int, Row[Any]]:
-    """Lock these orders, in order of id, and read them."""
-    statement = select(orders).where(among(tx, orders.c.id, sorted(order_ids))).order_by(orders.c.id)
-    return {row.id: row for row in await tx.execute(statement.with_for_update())}
+async def lock_orders(tx: Tx, order_ids: Collection[int]) -> dict[int, Any]:
+    """Lock these orders, in order of id, and read what decides about them: buyer, status and deadline."""
+    return {row.id: row for row in await _LOCK.rows(tx, order_ids=sorted(order_ids))}
 
 
 async def move(tx: Tx, order_ids: Collection[int], came: OrderStatus, to: OrderStatus, now_us: int) -> list[int]:
     """Move orders from one state to another in one conditional UPDATE; answers those that moved."""
-    statement = (
-        update(orders)
-        .where(among(tx, orders.c.id, sorted(order_ids)), orders.c.status == came.value)
-        .values(status=to.value, changed_us=now_us)
-        .returning(orders.c.id)
-    )
-    return sorted((await tx.execute(statement)).scalars())
+    rows = await _MOVE.rows(tx, order_ids=sorted(order_ids), came=came.value, to_status=to.value, now_us=now_us)
+    return sorted(row.id for row in rows)
 
 
 async def read_views(tx: Tx, order_ids: Collection[int], buyer: str | None) -> dict[int, OrderView]:
     """Orders as their buyer sees them; with a buyer, only his."""
-    wanted = select(orders).where(among(tx, orders.c.id, order_ids))
-    if buyer is not None:
-        wanted = wanted.where(orders.c.buyer == buyer)
-    found = (await tx.execute(wanted)).all()
+    ids = sorted(order_ids)
+    if buyer is None:
+        found = await _ORDERS.rows(tx, order_ids=ids)
+    else:
+        found = await _ORDERS_OF.rows(tx, order_ids=ids, of_buyer=buyer)
     priced: dict[int, list[PricedLine]] = {row.id: [] for row in found}
-    statement = select(lines).where(among(tx, lines.c.order_id, list(priced)))
-    for row in await tx.execute(statement.order_by(lines.c.order_id, lines.c.line_no)):
+    for row in await _LINES.rows(tx, order_ids=list(priced)):
         priced[row.order_id].append(PricedLine(sku=row.sku, quantity=row.quantity, price_minor=row.price_minor))
     return {
         row.id: view(
@@ -151,5 +182,5 @@ async def overdue(tx: Tx, now_us: int, limit: int) -> Sequence[int]:
 
 async def deadline(tx: Tx, order_id: int) -> tuple[OrderStatus, int] | None:
     """(status, pay by) of an order."""
-    row = (await tx.execute(select(orders.c.status, orders.c.pay_by_us).where(orders.c.id == order_id))).first()
-    return (OrderStatus(row.status), row.pay_by_us) if row else None
+    rows = await _DEADLINE.rows(tx, order_id=order_id)
+    return (OrderStatus(rows[0].status), rows[0].pay_by_us) if rows else None

@@ -56,6 +56,7 @@ class Transitions:
                 exchange=topology.ORDER_EVENTS,
                 routing_key=topology.KEY_ORDER_PAID,
                 body=OrderPaid(order_id=event.order_id, payment_id=event.payment_id),
+                trace=tx.trace_of(event),
             )
             for event in paid.values()
         ] + [
@@ -63,6 +64,7 @@ class Transitions:
                 exchange=topology.PAY,
                 routing_key=topology.KEY_PAY_REFUND,
                 body=RefundRequested(payment_id=event.payment_id, order_id=event.order_id, reason=LATE),
+                trace=tx.trace_of(event),
             )
             for event in late
         ]
@@ -133,7 +135,7 @@ class Transitions:
                 }
                 for order_id in moved
             ]
-            await tx.execute(store.log.insert(), entries)
+            await store.insert_entries.many(tx, entries)
             await self._outbox.cancel(tx, *(deadline_key(order_id) for order_id in moved))
             tx.on_commit(lambda: observe.orders_moved.labels(to.value).inc(len(moved)))
         return moved

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import update
 
 from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.db.database import Tx
-from holdfast.db.sql import among, insert
+from holdfast.db.prepared import insert
 from holdfast.errors import HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.outbox import Draft, Outbox
@@ -54,12 +54,8 @@ class Payments:
             )
             for bill in bills
         ]
-        rows = [
-            {name: getattr(payment, name) for name in payment.__struct_fields__}
-            | {"created_us": now_us, "changed_us": now_us}
-            for payment in opened
-        ]
-        await tx.execute(store.payments.insert(), rows)
+        rows = [msgspec.structs.asdict(payment) | {"created_us": now_us, "changed_us": now_us} for payment in opened]
+        await store.insert_payments.many(tx, rows)
         return [
             PaymentRef(id=str(payment.id), provider=payment.provider, pay_url=self._provider.pay_url(payment))
             for payment in opened
@@ -72,7 +68,7 @@ class Payments:
         asks for its refund. A notice with wrong facts changes nothing but is kept, with an alarm.
         """
         payments = await store.lock_payments(tx, {capture.payment_id for capture in captures})
-        told = await self._told_before(tx, captures)
+        told = await store.told_before(tx, {capture.event_id for capture in captures})
         verdicts: list[Verdict | HoldfastError] = []
         applied: list[Capture] = []
         kept = []
@@ -89,29 +85,15 @@ class Payments:
             told[event] = verdict
             verdicts.append(verdict)
             kept.append(self._notice_row(capture, verdict))
-        if kept:
-            await tx.execute(store.notices.insert(), kept)
-        await self._mark_succeeded(tx, applied, payments)
+        await store.insert_notices.many(tx, kept)
+        if applied:
+            await store.mark_succeeded(tx, applied, self._clock.now_us())
+            await self._tell(tx, [(payments[capture.payment_id], tx.trace_of(capture)) for capture in applied])
         return verdicts
 
     async def tell_again(self, tx: Tx, payments: Sequence[PaymentOrder]) -> list[HoldfastError | None]:
         """Tell orders of payments that succeeded."""
-        drafts = [
-            Draft(
-                exchange=topology.PAY,
-                routing_key=topology.KEY_PAY_SUCCESS,
-                body=PaymentSucceeded(
-                    payment_id=payment.id,
-                    order_id=payment.order_id,
-                    amount_minor=payment.amount_minor,
-                    currency=payment.currency,
-                    captured_us=payment.captured_us,
-                ),
-            )
-            for payment in payments
-            if payment.captured_us is not None
-        ]
-        await self._outbox.add_all(tx, drafts)
+        await self._tell(tx, [(payment, tx.trace_of(payment)) for payment in payments])
         return [None for _ in payments]
 
     async def end(self, tx: Tx, order_ids: Collection[int]) -> set[int]:
@@ -139,60 +121,44 @@ class Payments:
                 "created_us": now_us,
                 "changed_us": now_us,
             }
-            written = insert(tx, store.refunds).values(**row).on_conflict_do_nothing(index_elements=["key"])
+            written = insert(tx.dialect, store.refunds).values(**row).on_conflict_do_nothing(index_elements=["key"])
             if (await tx.execute(written)).rowcount:
-                drafts.append(_refund_due(refund_id))
+                drafts.append(_refund_due(refund_id, tx.trace_of(wish)))
         await self._outbox.add_all(tx, drafts)
 
     async def remind_refunds(self, tx: Tx, refund_ids: Sequence[int]) -> list[HoldfastError | None]:
         """Wake up refunds whose message may have been lost."""
-        await self._outbox.add_all(tx, [_refund_due(refund_id) for refund_id in refund_ids])
-        touched = update(store.refunds).where(among(tx, store.refunds.c.id, refund_ids))
-        await tx.execute(touched.values(changed_us=self._clock.now_us()))
+        await self._outbox.add_all(tx, [_refund_due(refund_id, {}) for refund_id in refund_ids])
+        await store.touch_refunds(tx, refund_ids, self._clock.now_us())
         return [None for _ in refund_ids]
 
     async def mark_refunded(self, tx: Tx, refund_ids: Sequence[int]) -> list[HoldfastError | None]:
         """Book refunds that the provider confirmed; each counts once."""
         now_us = self._clock.now_us()
-        pending = (
-            update(store.refunds)
-            .where(among(tx, store.refunds.c.id, sorted(refund_ids)), store.refunds.c.status == "pending")
-            .values(status="done", changed_us=now_us)
-            .returning(store.refunds.c.payment_id, store.refunds.c.amount_minor)
-        )
-        for row in (await tx.execute(pending)).all():
-            booked = update(store.payments).where(store.payments.c.id == row.payment_id)
-            more = store.payments.c.refunded_minor + row.amount_minor
+        for payment_id, amount_minor in await store.finish_refunds(tx, refund_ids, now_us):
+            booked = update(store.payments).where(store.payments.c.id == payment_id)
+            more = store.payments.c.refunded_minor + amount_minor
             await tx.execute(booked.values(refunded_minor=more, changed_us=now_us))
         return [None for _ in refund_ids]
 
-    async def _told_before(self, tx: Tx, captures: Sequence[Capture]) -> dict[tuple[str, str], Verdict]:
-        wanted = {capture.event_id for capture in captures}
-        table = store.notices
-        found = select(table.c.provider, table.c.event_id, table.c.verdict).where(among(tx, table.c.event_id, wanted))
-        return {(row.provider, row.event_id): Verdict(row.verdict) for row in await tx.execute(found)}
-
-    async def _mark_succeeded(self, tx: Tx, applied: Sequence[Capture], payments: dict[int, PaymentOrder]) -> None:
-        if not applied:
-            return
-        table = store.payments
-        statement = (
-            update(table)
-            .where(table.c.id == bindparam("payment_id"), table.c.status != SUCCEEDED)
-            .values(
-                status=SUCCEEDED,
-                trade_no=bindparam("by_trade"),
-                captured_minor=table.c.amount_minor,
-                captured_us=bindparam("at_us"),
-                changed_us=self._clock.now_us(),
+    async def _tell(self, tx: Tx, payments: Sequence[tuple[PaymentOrder, Mapping[str, str]]]) -> None:
+        drafts = [
+            Draft(
+                exchange=topology.PAY,
+                routing_key=topology.KEY_PAY_SUCCESS,
+                body=PaymentSucceeded(
+                    payment_id=payment.id,
+                    order_id=payment.order_id,
+                    amount_minor=payment.amount_minor,
+                    currency=payment.currency,
+                    captured_us=payment.captured_us,
+                ),
+                trace=trace,
             )
-        )
-        rows = [
-            {"payment_id": capture.payment_id, "by_trade": capture.trade_no, "at_us": capture.captured_us}
-            for capture in applied
+            for payment, trace in payments
+            if payment.captured_us is not None
         ]
-        await tx.execute(statement, rows)
-        await self.tell_again(tx, [payments[capture.payment_id] for capture in applied])
+        await self._outbox.add_all(tx, drafts)
 
     def _notice_row(self, capture: Capture, verdict: Verdict) -> dict[str, object]:
         if verdict in PARKED:
@@ -223,5 +189,6 @@ def _captured(payment: PaymentOrder, capture: Capture) -> PaymentOrder:
     )
 
 
-def _refund_due(refund_id: int) -> Draft:
-    return Draft(exchange=topology.PAY, routing_key=topology.KEY_PAY_REFUND, body=RefundDue(refund_id=refund_id))
+def _refund_due(refund_id: int, trace: Mapping[str, str]) -> Draft:
+    due = RefundDue(refund_id=refund_id)
+    return Draft(exchange=topology.PAY, routing_key=topology.KEY_PAY_REFUND, body=due, trace=trace)

@@ -20,7 +20,7 @@ from sqlalchemy import BigInteger, CheckConstraint, Column, Table, Text, select
 from holdfast.clock import US_PER_MS, US_PER_S, Clock, microseconds, rfc3339
 from holdfast.db.database import Tx
 from holdfast.db.group_commit import GroupCommit
-from holdfast.db.sql import insert
+from holdfast.db.prepared import insert
 from holdfast.errors import HoldfastError, InvalidInput, Refused
 from holdfast.services.contracts.values import Currency, MinorUnits, TradeEnd
 from holdfast.services.payments.model import Capture, PaymentOrder, Token
@@ -231,12 +231,12 @@ class Sandbox:
             "currency": currency,
             "changed_us": self._clock.now_us(),
         }
-        await tx.execute(insert(tx, trades).values(**row).on_conflict_do_nothing())
+        await tx.execute(insert(tx.dialect, trades).values(**row).on_conflict_do_nothing())
 
     async def _refund(self, tx: Tx, rows: Sequence[dict[str, int]]) -> list[HoldfastError | None]:
         now_us = self._clock.now_us()
         booked = [row | {"changed_us": now_us} for row in rows]
-        await tx.execute(insert(tx, given_back).on_conflict_do_nothing(), booked)
+        await tx.execute(insert(tx.dialect, given_back).on_conflict_do_nothing(), booked)
         return [None for _ in rows]
 
 

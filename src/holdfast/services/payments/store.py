@@ -9,20 +9,20 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Executable,
     Index,
     Integer,
     LargeBinary,
-    Row,
-    Select,
     Table,
     Text,
+    bindparam,
     select,
     update,
 )
 
-from holdfast.db.database import Tx
-from holdfast.db.sql import among
-from holdfast.services.payments.model import ENDED, NOT_SUBMITTED, WAITING, PaymentOrder
+from holdfast.db.database import Dialect, Tx
+from holdfast.db.prepared import Prepared, among, insert_all
+from holdfast.services.payments.model import ENDED, SUCCEEDED, Capture, PaymentOrder, Verdict
 from holdfast.services.schema import metadata
 
 payments = Table(
@@ -82,45 +82,126 @@ Index(
 
 _FIELDS = [payments.c[name] for name in PaymentOrder.__struct_fields__]
 
-
-def _payment(row: Row[Any]) -> PaymentOrder:
-    return PaymentOrder(**row._mapping)
-
-
-async def lock_payments(tx: Tx, payment_ids: Collection[int]) -> dict[int, PaymentOrder]:
-    """Lock these payment orders, in order of id, and read them."""
-    statement = _chosen().where(among(tx, payments.c.id, sorted(payment_ids))).order_by(payments.c.id).with_for_update()
-    return {row.id: _payment(row) for row in await tx.execute(statement)}
+insert_payments = insert_all(payments)
+insert_notices = insert_all(notices)
 
 
-async def of_order(tx: Tx, order_id: int) -> PaymentOrder | None:
-    """The payment order of an order."""
-    row = (await tx.execute(_chosen().where(payments.c.order_id == order_id))).first()
-    return _payment(row) if row else None
+def _lock(dialect: Dialect) -> Executable:
+    chosen = select(*_FIELDS).where(among(dialect, payments.c.id, "payment_ids"))
+    return chosen.order_by(payments.c.id).with_for_update()
 
 
-async def by_id(tx: Tx, payment_id: int) -> PaymentOrder | None:
-    """One payment order."""
-    row = (await tx.execute(_chosen().where(payments.c.id == payment_id))).first()
-    return _payment(row) if row else None
+def _succeed(_: Dialect) -> Executable:
+    return (
+        update(payments)
+        .where(payments.c.id == bindparam("payment_id"), payments.c.status != SUCCEEDED)
+        .values(
+            status=SUCCEEDED,
+            trade_no=bindparam("by_trade"),
+            captured_minor=payments.c.amount_minor,
+            captured_us=bindparam("at_us"),
+            changed_us=bindparam("now_us"),
+        )
+    )
 
 
-async def end_open(tx: Tx, order_ids: Collection[int], now_us: int) -> set[int]:
-    """End the payment orders of these orders unless money was captured; answers the orders whose payment is ended."""
+def _end_open(dialect: Dialect) -> Executable:
     ours = (
         select(payments.c.id)
-        .where(among(tx, payments.c.order_id, sorted(order_ids)))
+        .where(among(dialect, payments.c.order_id, "order_ids"))
         .order_by(payments.c.id)
         .with_for_update()
         .cte("ours")
     )
-    statement = (
+    return (
         update(payments)
-        .where(payments.c.id.in_(select(ours.c.id)), payments.c.status.in_((NOT_SUBMITTED, WAITING, ENDED)))
-        .values(status=ENDED, changed_us=now_us)
+        .where(payments.c.id.in_(select(ours.c.id)), payments.c.status != SUCCEEDED)
+        .values(status=ENDED, changed_us=bindparam("now_us"))
         .returning(payments.c.order_id)
     )
-    return set((await tx.execute(statement)).scalars())
+
+
+def _finish_refunds(dialect: Dialect) -> Executable:
+    return (
+        update(refunds)
+        .where(among(dialect, refunds.c.id, "refund_ids"), refunds.c.status == "pending")
+        .values(status="done", changed_us=bindparam("now_us"))
+        .returning(refunds.c.payment_id, refunds.c.amount_minor)
+    )
+
+
+_LOCK = Prepared(_lock)
+_SUCCEED = Prepared(_succeed)
+_END_OPEN = Prepared(_end_open)
+_FINISH_REFUNDS = Prepared(_finish_refunds)
+_OF_ORDER = Prepared(lambda _: select(*_FIELDS).where(payments.c.order_id == bindparam("of_order")))
+_BY_ID = Prepared(lambda _: select(*_FIELDS).where(payments.c.id == bindparam("payment_id")))
+_TOLD = Prepared(
+    lambda dialect: select(notices.c.provider, notices.c.event_id, notices.c.verdict).where(
+        among(dialect, notices.c.event_id, "event_ids")
+    )
+)
+_TOUCH_REFUNDS = Prepared(
+    lambda dialect: (
+        update(refunds)
+        .where(among(dialect, refunds.c.id, "refund_ids"))
+        .values(changed_us=bindparam("now_us"))
+        .returning(refunds.c.id)
+    )
+)
+
+
+async def lock_payments(tx: Tx, payment_ids: Collection[int]) -> dict[int, PaymentOrder]:
+    """Lock these payment orders, in order of id, and read them."""
+    return {row.id: _payment(row) for row in await _LOCK.rows(tx, payment_ids=sorted(payment_ids))}
+
+
+async def of_order(tx: Tx, order_id: int) -> PaymentOrder | None:
+    """The payment order of an order."""
+    rows = await _OF_ORDER.rows(tx, of_order=order_id)
+    return _payment(rows[0]) if rows else None
+
+
+async def by_id(tx: Tx, payment_id: int) -> PaymentOrder | None:
+    """One payment order."""
+    rows = await _BY_ID.rows(tx, payment_id=payment_id)
+    return _payment(rows[0]) if rows else None
+
+
+async def told_before(tx: Tx, event_ids: Collection[str]) -> dict[tuple[str, str], Verdict]:
+    """What became of earlier notices, by (provider, event id)."""
+    rows = await _TOLD.rows(tx, event_ids=sorted(event_ids))
+    return {(row.provider, row.event_id): Verdict(row.verdict) for row in rows}
+
+
+async def mark_succeeded(tx: Tx, captures: Sequence[Capture], now_us: int) -> None:
+    """Book captured money on payment orders that have none yet."""
+    rows = [
+        {
+            "payment_id": capture.payment_id,
+            "by_trade": capture.trade_no,
+            "at_us": capture.captured_us,
+            "now_us": now_us,
+        }
+        for capture in captures
+    ]
+    await _SUCCEED.many(tx, rows)
+
+
+async def end_open(tx: Tx, order_ids: Collection[int], now_us: int) -> set[int]:
+    """End the payment orders of these orders unless money was captured; answers the orders whose payment is ended."""
+    return {row.order_id for row in await _END_OPEN.rows(tx, order_ids=sorted(order_ids), now_us=now_us)}
+
+
+async def finish_refunds(tx: Tx, refund_ids: Collection[int], now_us: int) -> list[tuple[int, int]]:
+    """Mark pending refunds done; answers (payment id, amount in minor units) of those that were pending."""
+    rows = await _FINISH_REFUNDS.rows(tx, refund_ids=sorted(refund_ids), now_us=now_us)
+    return [(row.payment_id, row.amount_minor) for row in rows]
+
+
+async def touch_refunds(tx: Tx, refund_ids: Collection[int], now_us: int) -> None:
+    """Note that refunds were asked about."""
+    await _TOUCH_REFUNDS.rows(tx, refund_ids=sorted(refund_ids), now_us=now_us)
 
 
 async def pending_refunds(tx: Tx, before_us: int, limit: int) -> Sequence[int]:
@@ -134,5 +215,5 @@ async def pending_refunds(tx: Tx, before_us: int, limit: int) -> Sequence[int]:
     return (await tx.execute(statement)).scalars().all()
 
 
-def _chosen() -> Select[Any]:
-    return select(*_FIELDS)
+def _payment(row: Any) -> PaymentOrder:
+    return PaymentOrder(**row._asdict())

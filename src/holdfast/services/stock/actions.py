@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import select
 
 from holdfast.clock import Clock
 from holdfast.db.database import Tx
-from holdfast.db.sql import among, insert
+from holdfast.db.prepared import insert
 from holdfast.errors import HoldfastError, Refused
 from holdfast.ids import IdSource
 from holdfast.messaging.outbox import Draft, Outbox
@@ -51,7 +51,7 @@ class Stock:
                 "currency": sku.currency,
                 "changed_us": self._clock.now_us(),
             }
-            statement = insert(tx, store.skus).values(sku=sku.sku, **values)
+            statement = insert(tx.dialect, store.skus).values(sku=sku.sku, **values)
             await tx.execute(statement.on_conflict_do_update(index_elements=["sku"], set_=values))
         return list(given)
 
@@ -61,11 +61,7 @@ class Stock:
 
     async def prices(self, tx: Tx, wanted: Collection[str]) -> Mapping[str, Price]:
         """The prices of those SKUs that exist."""
-        statement = select(store.skus.c.sku, store.skus.c.price_minor, store.skus.c.currency).where(
-            among(tx, store.skus.c.sku, sorted(wanted))
-        )
-        rows = await tx.execute(statement)
-        return {row.sku: Price(amount_minor=row.price_minor, currency=row.currency) for row in rows}
+        return await store.read_prices(tx, wanted)
 
     async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> list[Shortage | None]:
         """Hold stock for orders in the given order, each all or nothing; None says that it is held.
@@ -129,10 +125,12 @@ class Stock:
             "actor": receipt.actor,
             "at_us": self._clock.now_us(),
         }
-        booked = insert(tx, store.ledger).values(**entry).on_conflict_do_nothing(index_elements=["kind", "cause"])
+        booked = (
+            insert(tx.dialect, store.ledger).values(**entry).on_conflict_do_nothing(index_elements=["kind", "cause"])
+        )
         if (await tx.execute(booked)).rowcount == 0:
             return None  # this receipt was booked before
-        level = insert(tx, store.levels).values(
+        level = insert(tx.dialect, store.levels).values(
             sku=receipt.sku,
             warehouse=receipt.warehouse,
             available=receipt.quantity,
@@ -183,8 +181,8 @@ class Stock:
                         mandatory=False,  # a fact for whoever listens; nobody has to
                     )
                 )
-        await tx.execute(store.tasks.insert(), tasks)
-        await tx.execute(store.details.insert(), details)
+        await store.insert_tasks.many(tx, tasks)
+        await store.insert_details.many(tx, details)
         await self._book(tx, "reserve", details, available=-1, held=1, sold=0)
         await self._outbox.add_all(tx, drafts)
 
@@ -192,7 +190,7 @@ class Stock:
         self,
         tx: Tx,
         kind: str,
-        moved: Sequence[Row[Any]] | Sequence[dict[str, Any]],
+        moved: Sequence[Any],
         *,
         available: int,
         held: int,
@@ -205,7 +203,7 @@ class Stock:
         shifts: Shifts = {}
         entries = []
         for each in moved:
-            row = each if isinstance(each, dict) else each._mapping
+            row = each if isinstance(each, dict) else each._asdict()
             place = (row["sku"], row["warehouse"])
             by = (row["quantity"] * available, row["quantity"] * held, row["quantity"] * sold)
             before = shifts.get(place, (0, 0, 0))
@@ -225,4 +223,4 @@ class Stock:
                 }
             )
         await store.shift_levels(tx, shifts)
-        await tx.execute(store.ledger.insert(), entries)
+        await store.insert_entries.many(tx, entries)

@@ -9,9 +9,9 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Executable,
     Index,
     Integer,
-    Row,
     Table,
     Text,
     UniqueConstraint,
@@ -20,8 +20,9 @@ from sqlalchemy import (
     update,
 )
 
-from holdfast.db.database import Tx
-from holdfast.db.sql import among, insert
+from holdfast.db.database import Dialect, Tx
+from holdfast.db.prepared import Prepared, among, insert, insert_all
+from holdfast.services.contracts.values import Price
 from holdfast.services.schema import metadata
 from holdfast.services.stock.model import HELD, Level
 
@@ -101,27 +102,24 @@ ledger = Table(
 )
 
 
-async def lock_levels(tx: Tx, wanted: Collection[str]) -> Sequence[Row[Any]]:
-    """Lock the levels of these SKUs and return them in the order in which warehouses are drawn upon.
+insert_tasks = insert_all(tasks)
+insert_details = insert_all(details)
+insert_entries = insert_all(ledger)
 
-    Locked in one written order (SKU, warehouse), whoever comes: so two batches never wait for each other in a ring.
-    """
-    locked = (
-        select(levels.c.sku, levels.c.warehouse, levels.c.available)
-        .where(among(tx, levels.c.sku, sorted(wanted)))
+
+def _lock_levels(dialect: Dialect) -> Executable:
+    # Locked in one written order (SKU, warehouse), whoever comes: so two batches never wait for each other in a ring.
+    return (
+        select(levels.c.sku, levels.c.warehouse, levels.c.available, warehouses.c.priority)
+        .join(warehouses, warehouses.c.code == levels.c.warehouse)
+        .where(among(dialect, levels.c.sku, "skus"))
         .order_by(levels.c.sku, levels.c.warehouse)
-        .with_for_update()
+        .with_for_update(of=levels)
     )
-    rows = (await tx.execute(locked)).all()
-    priority = {row.code: row.priority for row in await tx.execute(select(warehouses.c.code, warehouses.c.priority))}
-    return sorted(rows, key=lambda row: (row.sku, priority.get(row.warehouse, 0), row.warehouse))
 
 
-async def shift_levels(tx: Tx, shifts: Mapping[tuple[str, str], tuple[int, int, int]]) -> None:
-    """Add (available, held, sold) to each level; the CHECKs refuse a counter below zero and void the transaction."""
-    if not shifts:
-        return
-    statement = (
+def _shift_levels(_: Dialect) -> Executable:
+    return (
         update(levels)
         .where(levels.c.sku == bindparam("of_sku"), levels.c.warehouse == bindparam("of_warehouse"))
         .values(
@@ -130,40 +128,73 @@ async def shift_levels(tx: Tx, shifts: Mapping[tuple[str, str], tuple[int, int, 
             sold=levels.c.sold + bindparam("by_sold", type_=BigInteger),
         )
     )
+
+
+def _move_details(dialect: Dialect) -> Executable:
+    held = (
+        select(details.c.id)
+        .where(among(dialect, details.c.order_id, "order_ids"), details.c.status == bindparam("held"))
+        .order_by(details.c.id)
+        .with_for_update()
+        .cte("held_details")
+    )
+    return (
+        update(details)
+        .where(details.c.id.in_(select(held.c.id)), details.c.status == bindparam("held"))
+        .values(status=bindparam("to_status"), changed_us=bindparam("now_us"))
+        .returning(details.c.id, details.c.order_id, details.c.sku, details.c.warehouse, details.c.quantity)
+    )
+
+
+_LOCK_LEVELS = Prepared(_lock_levels)
+_SHIFT_LEVELS = Prepared(_shift_levels)
+_MOVE_DETAILS = Prepared(_move_details)
+_IN_STATE = Prepared(
+    lambda dialect: (
+        select(details.c.order_id)
+        .where(among(dialect, details.c.order_id, "order_ids"), details.c.status == bindparam("state"))
+        .distinct()
+    )
+)
+_PRICES = Prepared(
+    lambda dialect: select(skus.c.sku, skus.c.price_minor, skus.c.currency).where(among(dialect, skus.c.sku, "skus"))
+)
+
+
+async def lock_levels(tx: Tx, wanted: Collection[str]) -> Sequence[Any]:
+    """Lock the levels of these SKUs and return them in the order in which warehouses are drawn upon."""
+    rows = await _LOCK_LEVELS.rows(tx, skus=sorted(wanted))
+    return sorted(rows, key=lambda row: (row.sku, row.priority, row.warehouse))
+
+
+async def shift_levels(tx: Tx, shifts: Mapping[tuple[str, str], tuple[int, int, int]]) -> None:
+    """Add (available, held, sold) to each level; the CHECKs refuse a counter below zero and void the transaction."""
     rows = [
         {"of_sku": sku, "of_warehouse": warehouse, "by_available": by[0], "by_held": by[1], "by_sold": by[2]}
         for (sku, warehouse), by in sorted(shifts.items())
     ]
-    await tx.execute(statement, rows)
+    await _SHIFT_LEVELS.many(tx, rows)
 
 
-async def move_details(tx: Tx, order_ids: Collection[int], to: int, now_us: int) -> Sequence[Row[Any]]:
+async def move_details(tx: Tx, order_ids: Collection[int], to: int, now_us: int) -> Sequence[Any]:
     """Move the held details of these orders to another state and return them; one that moved before does not move."""
-    held = (
-        select(details.c.id)
-        .where(among(tx, details.c.order_id, sorted(order_ids)), details.c.status == HELD)
-        .order_by(details.c.id)
-        .with_for_update()
-        .cte("held")
-    )
-    statement = (
-        update(details)
-        .where(details.c.id.in_(select(held.c.id)), details.c.status == HELD)
-        .values(status=to, changed_us=now_us)
-        .returning(details.c.id, details.c.order_id, details.c.sku, details.c.warehouse, details.c.quantity)
-    )
-    return (await tx.execute(statement)).all()
+    return await _MOVE_DETAILS.rows(tx, order_ids=sorted(order_ids), held=HELD, to_status=to, now_us=now_us)
 
 
 async def orders_in_state(tx: Tx, order_ids: Collection[int], state: int) -> set[int]:
     """Those of the orders that have a detail in this state."""
-    statement = select(details.c.order_id).where(among(tx, details.c.order_id, order_ids), details.c.status == state)
-    return set((await tx.execute(statement)).scalars())
+    return {row.order_id for row in await _IN_STATE.rows(tx, order_ids=sorted(order_ids), state=state)}
+
+
+async def read_prices(tx: Tx, wanted: Collection[str]) -> dict[str, Price]:
+    """The prices of those SKUs that exist."""
+    rows = await _PRICES.rows(tx, skus=sorted(wanted))
+    return {row.sku: Price(amount_minor=row.price_minor, currency=row.currency) for row in rows}
 
 
 async def keep_warehouse(tx: Tx, code: str) -> None:
     """Make a warehouse exist; its priority is 100 unless somebody says otherwise."""
-    await tx.execute(insert(tx, warehouses).values(code=code, priority=100).on_conflict_do_nothing())
+    await tx.execute(insert(tx.dialect, warehouses).values(code=code, priority=100).on_conflict_do_nothing())
 
 
 async def read_levels(tx: Tx, sku: str | None) -> list[Level]:

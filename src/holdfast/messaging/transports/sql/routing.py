@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
-from sqlalchemy import select
+import msgspec
+from sqlalchemy import literal_column, select, union_all
 
 from holdfast.db.database import Tx
-from holdfast.db.sql import insert
+from holdfast.db.prepared import Prepared, insert
 from holdfast.errors import PublishRejected, TopologyMismatch
 from holdfast.messaging.message import Message
 from holdfast.messaging.tables import bindings, exchanges, queues
@@ -16,12 +17,34 @@ from holdfast.messaging.topology import ExchangeKind, Topology, route
 DEFAULT_EXCHANGE = ""
 
 
+class _Known(msgspec.Struct, frozen=True, kw_only=True):
+    """All declarations, as one transaction sees them."""
+
+    kinds: Mapping[str, ExchangeKind]
+    bindings: Mapping[str, Sequence[tuple[str, str]]]  # exchange -> (queue, routing key)
+    queues: Set[str]
+
+
+_EVERYTHING = Prepared(
+    lambda _: union_all(
+        select(
+            literal_column("'exchange'").label("what"),
+            exchanges.c.name,
+            literal_column("''").label("queue"),
+            exchanges.c.kind.label("detail"),
+        ),
+        select(literal_column("'queue'"), queues.c.name, literal_column("''"), literal_column("''")),
+        select(literal_column("'binding'"), bindings.c.exchange, bindings.c.queue, bindings.c.routing_key),
+    )
+)
+
+
 async def declare(tx: Tx, topology: Topology) -> None:
     """Make the topology exist; raises `TopologyMismatch` when an exchange exists with another kind."""
     wanted = {exchange.name: exchange.kind for exchange in topology.exchanges}
     if wanted:
         rows = [{"name": name, "kind": kind} for name, kind in sorted(wanted.items())]
-        await tx.execute(insert(tx, exchanges).on_conflict_do_nothing(), rows)
+        await tx.execute(insert(tx.dialect, exchanges).on_conflict_do_nothing(), rows)
         for row in await tx.execute(select(exchanges.c.name, exchanges.c.kind)):
             if wanted.get(row.name, row.kind) != row.kind:
                 raise TopologyMismatch(
@@ -30,44 +53,44 @@ async def declare(tx: Tx, topology: Topology) -> None:
                 )
     if topology.queues:
         rows = [{"name": name} for name in sorted({queue.name for queue in topology.queues})]
-        await tx.execute(insert(tx, queues).on_conflict_do_nothing(), rows)
+        await tx.execute(insert(tx.dialect, queues).on_conflict_do_nothing(), rows)
     if topology.bindings:
         keys = sorted({(each.exchange, each.queue, each.routing_key) for each in topology.bindings})
         rows = [{"exchange": exchange, "queue": queue, "routing_key": key} for exchange, queue, key in keys]
-        await tx.execute(insert(tx, bindings).on_conflict_do_nothing(), rows)
+        await tx.execute(insert(tx.dialect, bindings).on_conflict_do_nothing(), rows)
 
 
 async def queues_for(tx: Tx, message: Message) -> Sequence[str]:
     """The queues this message reaches; raises `PublishRejected` when its exchange does not exist."""
-    if message.exchange == DEFAULT_EXCHANGE:
-        return [message.routing_key] if message.routing_key in await _queue_names(tx) else []
-    found = await _exchange(tx, message.exchange)
-    if found is None:
-        raise PublishRejected(f"there is no exchange {message.exchange!r} (404 NOT_FOUND); declare it first")
-    kind, bound = found
-    return route(kind, bound, message.routing_key)
-
-
-async def _queue_names(tx: Tx) -> set[str]:
-    key = ("queues",)
+    key = ("route", message.exchange, message.routing_key)
     if key not in tx.memo:
-        tx.memo[key] = set((await tx.execute(select(queues.c.name))).scalars())
-    names: set[str] = tx.memo[key]
-    return names
+        tx.memo[key] = _route(await _topology(tx), message.exchange, message.routing_key)
+    reached: Sequence[str] = tx.memo[key]
+    return reached
 
 
-async def _exchange(tx: Tx, name: str) -> tuple[ExchangeKind, list[tuple[str, str]]] | None:
+def _route(known: _Known, exchange: str, routing_key: str) -> list[str]:
+    if exchange == DEFAULT_EXCHANGE:
+        return [routing_key] if routing_key in known.queues else []
+    if exchange not in known.kinds:
+        raise PublishRejected(f"there is no exchange {exchange!r} (404 NOT_FOUND); declare it first")
+    return route(known.kinds[exchange], known.bindings.get(exchange, ()), routing_key)
+
+
+async def _topology(tx: Tx) -> _Known:
     # Read once per transaction, never kept longer: another process may bind a queue at any moment.
-    key = ("exchange", name)
-    if key not in tx.memo:
-        statement = (
-            select(exchanges.c.kind, bindings.c.queue, bindings.c.routing_key)
-            .select_from(exchanges.outerjoin(bindings, bindings.c.exchange == exchanges.c.name))
-            .where(exchanges.c.name == name)
-            .order_by(bindings.c.queue, bindings.c.routing_key)
-        )
-        rows = (await tx.execute(statement)).all()
-        bound = [(row.queue, row.routing_key) for row in rows if row.queue is not None]
-        tx.memo[key] = (rows[0].kind, bound) if rows else None
-    found: tuple[ExchangeKind, list[tuple[str, str]]] | None = tx.memo[key]
-    return found
+    if "topology" not in tx.memo:
+        kinds: dict[str, ExchangeKind] = {}
+        bound: dict[str, list[tuple[str, str]]] = {}
+        names: set[str] = set()
+        for row in await _EVERYTHING.rows(tx):
+            match row.what:
+                case "exchange":
+                    kinds[row.name] = row.detail
+                case "queue":
+                    names.add(row.name)
+                case "binding":
+                    bound.setdefault(row.name, []).append((row.queue, row.detail))
+        tx.memo["topology"] = _Known(kinds=kinds, bindings=bound, queues=names)
+    known: _Known = tx.memo["topology"]
+    return known

@@ -8,13 +8,26 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-from sqlalchemy import BigInteger, Row, Text, bindparam, delete, func, insert, literal, select, update
+from sqlalchemy import (
+    BigInteger,
+    Executable,
+    Integer,
+    Text,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    null,
+    select,
+    update,
+)
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, US_PER_S, Clock
-from holdfast.db.database import Tx
+from holdfast.db.database import Dialect, Tx
 from holdfast.db.group_commit import GroupCommit
-from holdfast.db.sql import among
+from holdfast.db.prepared import Prepared, among
 from holdfast.errors import AlreadySettled, HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.message import Delivery, Message, Settlement
@@ -40,6 +53,56 @@ _CLAIMED = (
 _KEPT = [column.name for column in parked.columns if column.name in messages.columns]
 
 
+def _claim(_: Dialect) -> Executable:
+    # A CTE, since PostgreSQL may run a plain subquery with LIMIT more than once and lease more than asked for.
+    due = (
+        select(messages.c.id)
+        .where(messages.c.queue == bindparam("of_queue"), messages.c.due_us <= bindparam("now_us"))
+        .order_by(messages.c.due_us, messages.c.id)
+        .limit(bindparam("room", type_=BigInteger))
+        .with_for_update(skip_locked=True)
+        .cte("due")
+    )
+    return (
+        update(messages)
+        .where(messages.c.id.in_(select(due.c.id)))
+        .values(due_us=bindparam("until_us"), lease=bindparam("new_lease"), deliveries=messages.c.deliveries + 1)
+        .returning(*_CLAIMED)
+    )
+
+
+def _put_back(_: Dialect) -> Executable:
+    return (
+        update(messages)
+        .where(messages.c.id == bindparam("row_id"), messages.c.lease == bindparam("held_lease"))
+        .values(
+            due_us=bindparam("again_us"),
+            lease=null(),
+            attempt=messages.c.attempt + bindparam("counted", type_=Integer),
+        )
+    )
+
+
+def _moved(dialect: Dialect) -> Executable:
+    return (
+        update(messages)
+        .where(among(dialect, messages.c.id, "row_ids"), messages.c.lease == bindparam("held_lease"))
+        .values(due_us=bindparam("to_us"), lease=bindparam("to_lease"))
+        .returning(messages.c.id)
+    )
+
+
+_CLAIM = Prepared(_claim)
+_SOONEST = Prepared(
+    lambda _: select(func.min(messages.c.due_us).label("due_us")).where(messages.c.queue == bindparam("of_queue"))
+)
+_DELETE = Prepared(
+    lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")).returning(messages.c.id)
+)
+_PUT_BACK = Prepared(_put_back)
+_MOVE = Prepared(_moved)
+
+
 class Receipt(msgspec.Struct, frozen=True):
     """Which row, and under which lease."""
 
@@ -48,7 +111,7 @@ class Receipt(msgspec.Struct, frozen=True):
 
 
 class _Claimed(msgspec.Struct, frozen=True):
-    rows: Sequence[Row[Any]]
+    rows: Sequence[Any]
     next_due_us: int | None
 
 
@@ -130,32 +193,20 @@ class SqlSubscription:
 
     async def _claim_once(self, tx: Tx, room: int) -> _Claimed:
         now_us = self._clock.now_us()
-        # A CTE, since PostgreSQL may run a plain subquery with LIMIT more than once and lease more than asked for.
-        due = (
-            select(messages.c.id)
-            .where(messages.c.queue == self._queue, messages.c.due_us <= now_us)
-            .order_by(messages.c.due_us, messages.c.id)
-            .limit(room)
-            .with_for_update(skip_locked=True)
-            .cte("due")
+        rows = await _CLAIM.rows(
+            tx,
+            of_queue=self._queue,
+            now_us=now_us,
+            room=room,
+            until_us=now_us + self._lease_us,
+            new_lease=self._ids.next(),
         )
-        claim = (
-            update(messages)
-            .where(messages.c.id.in_(select(due.c.id)))
-            .values(
-                due_us=now_us + self._lease_us,
-                lease=self._ids.next(),
-                deliveries=messages.c.deliveries + 1,
-            )
-            .returning(*_CLAIMED)
-        )
-        rows = sorted((await tx.execute(claim)).all(), key=lambda row: int(row.id))
         if rows:
-            return _Claimed(rows, None)
-        soonest = select(func.min(messages.c.due_us)).where(messages.c.queue == self._queue)
-        return _Claimed((), (await tx.execute(soonest)).scalar())
+            return _Claimed(sorted(rows, key=lambda row: int(row.id)), None)
+        (soonest,) = await _SOONEST.rows(tx, of_queue=self._queue)
+        return _Claimed((), soonest.due_us)
 
-    def _delivery(self, row: Row[Any]) -> Delivery:
+    def _delivery(self, row: Any) -> Delivery:
         receipt = Receipt(row.id, row.lease)
         self._held[row.id] = receipt
         observe.messages_in_flight.labels(self._queue).inc()
@@ -185,7 +236,7 @@ class SqlSubscription:
             await self._park(tx, rejected)
         if gone := by_kind.get("ack", []) + by_kind.get("reject", []):
             row_ids = [settlement.delivery.receipt.row_id for settlement in gone]
-            await tx.execute(delete(messages).where(among(tx, messages.c.id, row_ids)))
+            await _DELETE.rows(tx, row_ids=row_ids)
         if again := by_kind.get("retry"):
             await self._put_back(tx, again)
         tx.on_commit(lambda: self._settled(settlements))
@@ -208,11 +259,6 @@ class SqlSubscription:
 
     async def _put_back(self, tx: Tx, again: Sequence[Settlement]) -> None:
         # Only under our own lease: if it ran out, another consumer has the message and decides about it.
-        statement = (
-            update(messages)
-            .where(messages.c.id == bindparam("row_id"), messages.c.lease == bindparam("held_lease"))
-            .values(due_us=bindparam("again_us"), lease=None, attempt=messages.c.attempt + bindparam("counted"))
-        )
         now_us = self._clock.now_us()
         rows = [
             {
@@ -223,7 +269,7 @@ class SqlSubscription:
             }
             for settlement in again
         ]
-        await tx.execute(statement, rows)
+        await _PUT_BACK.many(tx, rows)
         dues = [(self._queue, int(str(row["again_us"]))) for row in rows]
         tx.on_commit(lambda: self._wakeups.tell(dues))
 
@@ -249,18 +295,19 @@ class SqlSubscription:
     async def _extend(self, tx: Tx, groups: Sequence[Sequence[Receipt]]) -> list[HoldfastError | None]:
         due_us = self._clock.now_us() + self._lease_us
         for group in groups:
-            await self._move(tx, group, due_us=due_us)
+            await _move(tx, group, due_us, keep=True)
         return [None for _ in groups]
 
     async def _give_back(self, tx: Tx, groups: Sequence[Sequence[Receipt]]) -> list[HoldfastError | None]:
         now_us = self._clock.now_us()
         for group in groups:
-            await self._move(tx, group, due_us=now_us, lease=None)
+            await _move(tx, group, now_us, keep=False)
         tx.on_commit(lambda: self._wakeups.tell([(self._queue, now_us)]))
         return [None for _ in groups]
 
-    async def _move(self, tx: Tx, receipts: Sequence[Receipt], **values: int | None) -> None:
-        for lease in {receipt.lease for receipt in receipts}:
-            row_ids = [receipt.row_id for receipt in receipts if receipt.lease == lease]
-            mine = among(tx, messages.c.id, row_ids) & (messages.c.lease == lease)
-            await tx.execute(update(messages).where(mine).values(**values))
+
+async def _move(tx: Tx, receipts: Sequence[Receipt], due_us: int, *, keep: bool) -> None:
+    """Set when messages are due again, under the leases they are held by, and keep or drop these."""
+    for lease in {receipt.lease for receipt in receipts}:
+        row_ids = [receipt.row_id for receipt in receipts if receipt.lease == lease]
+        await _MOVE.rows(tx, row_ids=row_ids, held_lease=lease, to_us=due_us, to_lease=lease if keep else None)

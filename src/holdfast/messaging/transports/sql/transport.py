@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import msgspec
-from sqlalchemy import case, delete, func, select, update
+from sqlalchemy import Executable, case, delete, func, select, update
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
-from holdfast.db.database import Database, Tx
+from holdfast.db.database import Database, Dialect, Tx
 from holdfast.db.group_commit import GroupCommit
-from holdfast.db.sql import among
+from holdfast.db.prepared import Prepared, among, insert_all
 from holdfast.errors import (
     HoldfastError,
     InvalidInput,
@@ -32,6 +32,20 @@ from holdfast.messaging.transports.sql.wakeups import Wakeups
 from holdfast.settings import MessagingSettings
 
 Tell = Callable[[str, int], None]
+
+_INSERT = insert_all(messages)
+
+
+def _cancel(dialect: Dialect) -> Executable:
+    waiting = (
+        select(messages.c.id)
+        .where(among(dialect, messages.c.cancel_key, "cancel_keys"), messages.c.lease.is_(None))
+        .with_for_update(skip_locked=True)
+    )
+    return delete(messages).where(messages.c.id.in_(waiting)).returning(messages.c.id)
+
+
+_CANCEL = Prepared(_cancel)
 
 
 class SqlTransport:
@@ -109,7 +123,7 @@ class SqlTransport:
             rows += [self._row(outgoing, queue, due_us) for queue in reached]
             outcomes.append(None)
         if rows:
-            await tx.execute(messages.insert(), rows)
+            await _INSERT.many(tx, rows)
             dues = {(str(row["queue"]), int(str(row["due_us"]))) for row in rows}
             tx.on_commit(lambda: self._tell(dues))
         for outgoing, outcome in zip(batch, outcomes, strict=True):
@@ -119,12 +133,7 @@ class SqlTransport:
 
     async def cancel_in(self, tx: Tx, cancel_keys: Sequence[str]) -> int:
         """Remove what waits under these keys; SKIP LOCKED leaves what a consumer is about to take."""
-        waiting = (
-            select(messages.c.id)
-            .where(among(tx, messages.c.cancel_key, cancel_keys), messages.c.lease.is_(None))
-            .with_for_update(skip_locked=True)
-        )
-        return (await tx.execute(delete(messages).where(messages.c.id.in_(waiting)))).rowcount
+        return len(await _CANCEL.rows(tx, cancel_keys=list(cancel_keys)))
 
     def subscribe(self, queue: str, *, prefetch: int) -> SqlSubscription:
         return SqlSubscription(

@@ -1,0 +1,102 @@
+"""Prepared: a hot statement, built and compiled once for each dialect, then run on the driver itself.
+
+SQLAlchemy writes the SQL, so there is one statement for both dialects; its execution path is left out, since building,
+caching and adapting cost more than the driver's own work (measured with 30 rows on asyncpg: 400 us of CPU for a SELECT
+built anew, 150 us for the same object again, 35 us on the driver; an INSERT 310 us against 70 us).
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import ColumnElement, Executable, TableValuedAlias, any_, bindparam, column, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
+from sqlalchemy.dialects.sqlite.aiosqlite import dialect as aiosqlite_dialect
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import TypeEngine
+
+from holdfast.db.database import Dialect, Tx
+
+_COMPILERS = {"postgresql": asyncpg_dialect, "sqlite": aiosqlite_dialect}
+
+
+class _Compiled(NamedTuple):
+    text: str
+    names: tuple[str, ...]  # parameters in the driver's order
+    defaults: Mapping[str, Any]  # values that are part of the statement
+    row: Callable[[Iterable[Any]], Any]
+
+
+class Prepared:
+    """A statement whose text never changes; its parameters are named, lists among them for `among` and `rows_of`.
+
+    Rows come as named tuples of the statement's columns. Only columns of integers, text and bytes: no value is
+    converted on its way. Raises what `Tx.execute` raises.
+    """
+
+    def __init__(self, build: Callable[[Dialect], Executable]) -> None:
+        self._build = build
+        self._compiled: dict[Dialect, _Compiled] = {}
+
+    async def rows(self, tx: Tx, **values: Any) -> list[Any]:
+        """Run it once and fetch all rows."""
+        compiled = self._compile(tx.dialect)
+        found = await tx.fetch(compiled.text, _arguments(compiled, tx.dialect, values))
+        return [compiled.row(each) for each in found]
+
+    async def many(self, tx: Tx, rows: Collection[Mapping[str, Any]]) -> None:
+        """Run it for each set of parameters; nothing is fetched."""
+        if rows:
+            compiled = self._compile(tx.dialect)
+            await tx.run_many(compiled.text, [_arguments(compiled, tx.dialect, row) for row in rows])
+
+    def _compile(self, dialect: Dialect) -> _Compiled:
+        if dialect not in self._compiled:
+            compiled = self._build(dialect).compile(dialect=_COMPILERS[dialect]())  # type: ignore[attr-defined]
+            assert isinstance(compiled, SQLCompiler)
+            names = tuple(compiled.positiontup or ())
+            defaults = {name: value for name, value in compiled.params.items() if value is not None}
+            columns = [entry.keyname for entry in compiled._result_columns]
+            row = namedtuple("Row", columns, rename=True)  # type: ignore[misc]  # named at run time
+            self._compiled[dialect] = _Compiled(str(compiled), names, defaults, row._make)
+        return self._compiled[dialect]
+
+
+def insert_all(table: Any) -> Prepared:
+    """The plain INSERT of whole rows."""
+    return Prepared(lambda _: table.insert().values({each.name: bindparam(each.name) for each in table.columns}))
+
+
+def insert(dialect: Dialect, table: Any) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that knows ON CONFLICT."""
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+
+
+def rows_of(dialect: Dialect, name: str, kind: TypeEngine[Any]) -> TableValuedAlias:
+    """The list parameter `name` as a table with one column `value`: `unnest` on PostgreSQL, `json_each` on SQLite."""
+    if dialect == "postgresql":
+        array = bindparam(name, type_=postgresql.ARRAY(kind))
+        return func.unnest(array).table_valued(column("value", kind), name="given").render_derived()
+    return func.json_each(bindparam(name)).table_valued(column("value", kind), name="given")
+
+
+def among(dialect: Dialect, where: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+    """`where` is one of the list parameter `name`."""
+    if dialect == "postgresql":
+        return where == any_(bindparam(name, type_=postgresql.ARRAY(where.type)))
+    return where.in_(select(rows_of(dialect, name, where.type).c.value))
+
+
+def _arguments(compiled: _Compiled, dialect: Dialect, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    defaults = compiled.defaults
+    return tuple(_encoded(values[name], dialect) if name in values else defaults[name] for name in compiled.names)
+
+
+def _encoded(value: Any, dialect: Dialect) -> Any:
+    if isinstance(value, (list, set, frozenset)):
+        return list(value) if dialect == "postgresql" else msgspec.json.encode(list(value)).decode()
+    return value
