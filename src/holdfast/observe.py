@@ -103,14 +103,15 @@ def _add_trace(_: Any, __: str, event: Any) -> Any:
 @contextmanager
 def trace_from(carrier: Mapping[str, str]) -> Iterator[None]:
     """Continue the trace that `traceparent` in the carrier names, or begin one when there is none."""
-    found = _propagator.extract(dict(carrier))
+    found = _propagator.extract(carrier)
+    headers = {name: carrier[name] for name in _propagator.fields if name in carrier}
     if not trace.get_current_span(found).get_span_context().is_valid:
         # Identifiers of a trace are no secrets, but they must not collide: 128 and 64 random bits as W3C asks.
         span = trace.SpanContext(secrets.randbits(128) or 1, secrets.randbits(64) or 1, is_remote=False)
         found = trace.set_span_in_context(trace.NonRecordingSpan(span), found)
+        headers = {}
+        _propagator.inject(headers, found)
     token = context.attach(found)
-    headers: dict[str, str] = {}
-    _propagator.inject(headers)
     carried = _carried.set((trace.get_current_span(), headers))
     try:
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterable, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -29,6 +30,7 @@ class _Compiled(NamedTuple):
     names: tuple[str, ...]  # parameters in the driver's order
     defaults: Mapping[str, Any]  # values that are part of the statement
     row: Callable[[Iterable[Any]], Any]
+    pick: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # parameters of one of many rows, no lists among them
 
 
 class Prepared:
@@ -52,7 +54,7 @@ class Prepared:
         """Run it for each set of parameters; nothing is fetched."""
         if rows:
             compiled = self._compile(tx.dialect)
-            await tx.run_many(compiled.text, [_arguments(compiled, tx.dialect, row) for row in rows])
+            await tx.run_many(compiled.text, [compiled.pick(row) for row in rows])
 
     def _compile(self, dialect: Dialect) -> _Compiled:
         if dialect not in self._compiled:
@@ -62,7 +64,7 @@ class Prepared:
             defaults = {name: value for name, value in compiled.params.items() if value is not None}
             columns = [entry.keyname for entry in compiled._result_columns]
             row = namedtuple("Row", columns, rename=True)  # type: ignore[misc]  # named at run time
-            self._compiled[dialect] = _Compiled(str(compiled), names, defaults, row._make)
+            self._compiled[dialect] = _Compiled(str(compiled), names, defaults, row._make, _picker(names, defaults))
         return self._compiled[dialect]
 
 
@@ -94,6 +96,12 @@ def among(dialect: Dialect, where: ColumnElement[Any], name: str) -> ColumnEleme
 def _arguments(compiled: _Compiled, dialect: Dialect, values: Mapping[str, Any]) -> tuple[Any, ...]:
     defaults = compiled.defaults
     return tuple(_encoded(values[name], dialect) if name in values else defaults[name] for name in compiled.names)
+
+
+def _picker(names: tuple[str, ...], defaults: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    if len(names) > 1 and not set(names) & set(defaults):
+        return itemgetter(*names)  # the common INSERT; twice as fast as the general way
+    return lambda row: tuple(row[name] if name in row else defaults[name] for name in names)
 
 
 def _encoded(value: Any, dialect: Dialect) -> Any:

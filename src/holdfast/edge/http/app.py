@@ -12,7 +12,8 @@ from litestar.types import ASGIApp
 from holdfast.bootstrap import System
 from holdfast.edge.http import health, orders, payments, stock
 from holdfast.edge.http.auth import Tokens
-from holdfast.edge.http.problems import from_framework, from_ours, from_unexpected
+from holdfast.edge.http.hot import HotRoutes
+from holdfast.edge.http.problems import from_error, from_framework
 from holdfast.edge.http.shell import Shell
 from holdfast.errors import HoldfastError
 
@@ -28,9 +29,9 @@ def build_app(system: System) -> ASGIApp:
         route_handlers=[orders.router(), stock.router(), payments.router(), health.router()],
         dependencies={"system": Provide(the_system, sync_to_thread=False, use_cache=True)},
         exception_handlers={
-            HoldfastError: from_ours,
+            HoldfastError: from_error,
             HTTPException: from_framework,
-            Exception: from_unexpected,
+            Exception: from_error,
         },
         openapi_config=OpenAPIConfig(title="holdfast", version="1", path="/schema"),
         request_max_body_size=system.settings.http.body_bytes_max,
@@ -38,4 +39,12 @@ def build_app(system: System) -> ASGIApp:
         logging_config=None,
         signature_namespace={"System": System},
     )
-    return Shell(app, system.clock, system.settings.http.request_timeout_ms / 1_000)
+    hot = HotRoutes(
+        app,
+        {
+            ("POST", orders.PLACE_PATH): orders.placing(system, tokens),
+            ("POST", payments.notice_path(system)): payments.noticing(system),
+        },
+        system.settings.http.body_bytes_max,
+    )
+    return Shell(hot, system.clock, system.settings.http.request_timeout_ms / 1_000)

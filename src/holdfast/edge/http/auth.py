@@ -52,6 +52,13 @@ class Tokens:
         }
         return jwt.encode(claims, self._secret, algorithm=ALGORITHM)
 
+    def caller(self, authorization: str) -> Caller:
+        """The caller named by an Authorization header; raises `Unauthorized`."""
+        kind, _, token = authorization.partition(" ")
+        if kind.lower() != "bearer" or not token:
+            raise Unauthorized("send the header Authorization: Bearer <token>")
+        return self.check(token.strip())
+
     def check(self, token: str) -> Caller:
         """The caller of a token; raises `Unauthorized` for a forged, expired or odd one."""
         try:
@@ -71,11 +78,8 @@ class Tokens:
 
 def caller(request: Request[Any, Any, Any]) -> Caller:
     """The dependency of every route that serves somebody; raises `Unauthorized`."""
-    kind, _, token = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not token:
-        raise Unauthorized("send the header Authorization: Bearer <token>")
     tokens: Tokens = request.app.state.tokens
-    return tokens.check(token.strip())
+    return tokens.caller(request.headers.get("authorization", ""))
 
 
 def staff(request: Request[Any, Any, Any]) -> Caller:

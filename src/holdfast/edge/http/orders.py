@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from litestar import Response, Router, get, post
+from litestar import Router, get, post
 from litestar.di import Provide
-from litestar.params import Parameter
 
 from holdfast.bootstrap import System
-from holdfast.edge.http.auth import Caller, caller
+from holdfast.edge.http.auth import Caller, Tokens, caller
+from holdfast.edge.http.hot import Handler, Headers, Reply
+from holdfast.errors import InvalidInput
 from holdfast.services.orders.model import IdempotencyKey, OrderLine, OrderNotFound, OrderView, PlaceRequest
 
 _ID = re.compile(r"[1-9][0-9]{0,18}")
 ID_MAX = 2**63 - 1
+PLACE_PATH = "/v1/orders"
 
 
 class PlaceBody(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -24,21 +26,30 @@ class PlaceBody(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbi
     lines: list[OrderLine]
 
 
-@post("/orders", summary="Place an order", status_code=201)
-async def place(
-    data: PlaceBody,
-    caller: Caller,
-    system: System,
-    idempotency_key: Annotated[IdempotencyKey, Parameter(header="Idempotency-Key")],
-) -> Response[bytes]:
-    """Hold the stock and open the payment; the same key and lines again give the same answer."""
-    placed = await system.orders.place(
-        PlaceRequest(buyer=caller.subject, idempotency_key=idempotency_key, lines=tuple(data.lines))
-    )
-    headers = {"Location": f"/v1/orders/{placed.order_id}"}
-    if placed.replayed:
-        headers["Idempotent-Replayed"] = "true"
-    return Response(content=placed.body, status_code=201, media_type="application/json", headers=headers)
+_decode_body = msgspec.json.Decoder(PlaceBody).decode
+
+
+def placing(system: System, tokens: Tokens) -> Handler:
+    """`POST /v1/orders`: hold the stock and open the payment; the same key and lines again give the same answer."""
+
+    async def place(headers: Headers, raw: bytes) -> Reply:
+        caller = tokens.caller(headers.get("authorization", ""))
+        try:
+            key = msgspec.convert(headers.get("idempotency-key", ""), IdempotencyKey)
+        except msgspec.ValidationError as error:
+            raise InvalidInput(f"the header Idempotency-Key is missing or wrong: {error}") from None
+        try:
+            body = _decode_body(raw)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InvalidInput(f"the body is wrong: {error}") from None
+        wish = PlaceRequest(buyer=caller.subject, idempotency_key=key, lines=tuple(body.lines))
+        placed = await system.orders.place(wish)
+        extra = {"location": f"/v1/orders/{placed.order_id}"}
+        if placed.replayed:
+            extra["idempotent-replayed"] = "true"
+        return Reply(status=201, body=placed.body, headers=extra)
+
+    return place
 
 
 @get("/orders/{order_id:str}", summary="Read an order")
@@ -62,7 +73,7 @@ def parse_id(text: str) -> int:
 
 def router() -> Router:
     """The routes below /v1."""
-    handlers: list[Any] = [place, read, cancel]
+    handlers: list[Any] = [read, cancel]
     return Router(
         path="/v1",
         route_handlers=handlers,

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from litestar import MediaType, Request, Router, post
+from litestar import Router, post
 
 from holdfast.bootstrap import System
+from holdfast.edge.http.hot import Handler, Headers, Reply
 from holdfast.services.payments.sandbox import SignedNotice
 
 
-@post("/v1/notices/{provider:str}", summary="A provider's notice", status_code=200, media_type=MediaType.TEXT)
-async def notice(provider: str, request: Request[Any, Any, Any], system: System) -> str:
-    """Verify the signature over the raw body, store the notice and apply it once; `success` means committed."""
-    await system.payments.notice(provider, dict(request.headers), await request.body())
-    return "success"
+def notice_path(system: System) -> str:
+    """Where the configured provider sends its notices."""
+    return f"/v1/notices/{system.sandbox.name}"
+
+
+def noticing(system: System) -> Handler:
+    """`POST /v1/notices/{provider}`: verify the signature over the raw body, store the notice and apply it once.
+
+    The plain answer `success` means that all of that is committed; anything else asks the provider to send it again.
+    """
+
+    async def notice(headers: Headers, raw: bytes) -> Reply:
+        await system.payments.notice(system.sandbox.name, headers, raw)
+        return Reply(status=200, body=b"success", media_type="text/plain; charset=utf-8")
+
+    return notice
 
 
 @post("/sandbox/pay/{token:str}", summary="Pay at the sandbox", status_code=200)
@@ -25,5 +37,5 @@ async def pay(token: str, system: System) -> SignedNotice:
 
 def router() -> Router:
     """The routes; the sandbox is the only provider of this version, so its page is always there."""
-    handlers: list[Any] = [notice, pay]
+    handlers: list[Any] = [pay]
     return Router(path="/", route_handlers=handlers, tags=["payments"])

@@ -52,6 +52,12 @@ class Forbidden(HoldfastError):
     code = "forbidden"
 
 
+class BodyTooLarge(HoldfastError):
+    """The body is larger than this server takes."""
+
+    code = "body_too_large"
+
+
 # The first class that an error belongs to gives the status.
 STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (Unauthorized, 401),
@@ -64,6 +70,7 @@ STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (MixedCurrencies, 422),
     (InvalidInput, 400),
     (Refused, 409),
+    (BodyTooLarge, 413),
     (Conflict, 503),
     (Unavailable, 503),
     (OutcomeUnknown, 503),
@@ -96,35 +103,39 @@ def problem(status: int, code: str, detail: str) -> Problem:
     return Problem(type=f"urn:holdfast:problem:{code}", title=title, status=status, code=code, detail=detail)
 
 
-def from_ours(_: Request[Any, Any, Any], error: HoldfastError) -> Response[bytes]:
-    """One of our errors."""
-    status = status_of(error)
-    if status == 500:
-        return from_unexpected(_, error)
+def answer(error: Exception) -> tuple[Problem, dict[str, str]]:
+    """The problem and the headers for an error; what is not ours is a bug, logged in full and told without content."""
+    status = status_of(error) if isinstance(error, HoldfastError) else 500
+    if status == 500 or not isinstance(error, HoldfastError):
+        return _unexpected(error), {}
     headers = {}
     if status == 503:
-        headers["Retry-After"] = RETRY_AFTER_S
+        headers["retry-after"] = RETRY_AFTER_S
     if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return _respond(problem(status, error.code, error.detail), headers)
+        headers["www-authenticate"] = "Bearer"
+    return problem(status, error.code, error.detail), headers
+
+
+def from_error(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """Any error, as the framework wants it."""
+    return _respond(*answer(error))
 
 
 def from_framework(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
     """What the framework refuses: unknown paths, bodies that do not fit, too large ones."""
     status = error.status_code
     if status == 500:
-        return from_unexpected(_, error)
+        return from_error(_, error)
     code = _CODES.get(status, "invalid_input")
     detail = _fields(error) if isinstance(error, ValidationException) else str(error.detail)
     return _respond(problem(status, code, detail), dict(error.headers or {}))
 
 
-def from_unexpected(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    """A bug: logged in full under an id, and told without any of its content."""
+def _unexpected(error: Exception) -> Problem:
     incident = secrets.token_hex(8)
     log.error("unexpected_error", incident=incident, exc_info=error)
-    body = problem(500, "internal_error", "something went wrong on our side; nothing is known to have changed")
-    return _respond(msgspec.structs.replace(body, instance=f"urn:holdfast:incident:{incident}"), {})
+    body = problem(500, "internal_error", "something went wrong on our side; ask again with the same idempotency key")
+    return msgspec.structs.replace(body, instance=f"urn:holdfast:incident:{incident}")
 
 
 def _fields(error: ValidationException) -> str:

@@ -1,0 +1,84 @@
+"""The hottest routes as plain ASGI and msgspec, in front of the framework.
+
+A request of these costs about 40 us here and 390 us with the framework's routing, dependencies and parsing (CPU, one
+small JSON body, Litestar 2.25). On sale day everybody asks for the same two things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+
+import msgspec
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from holdfast.edge.http.problems import MEDIA_TYPE, BodyTooLarge, answer
+from holdfast.errors import InvalidInput
+
+Headers = Mapping[str, str]
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """What is sent back."""
+
+    status: int
+    body: bytes
+    media_type: str = "application/json"
+    headers: Mapping[str, str] = {}
+
+
+Handler = Callable[[Headers, bytes], Awaitable[Reply]]
+
+
+class HotRoutes:
+    """Answers exact (method, path) pairs itself and leaves everything else to the application behind it."""
+
+    def __init__(self, app: ASGIApp, routes: Mapping[tuple[str, str], Handler], body_bytes_max: int) -> None:
+        self._app = app
+        self._routes = routes
+        self._body_bytes_max = body_bytes_max
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handler = None
+        if scope["type"] == ScopeType.HTTP:
+            handler = self._routes.get((scope["method"], scope["path"]))
+        if handler is None:
+            await self._app(scope, receive, send)
+            return
+        scope["path_template"] = scope["path"]
+        try:
+            reply = await handler(_headers(scope), await self._body(receive))
+        except Exception as error:
+            problem, headers = answer(error)
+            reply = Reply(
+                status=problem.status, body=msgspec.json.encode(problem), media_type=MEDIA_TYPE, headers=headers
+            )
+        await _send(reply, send)
+
+    async def _body(self, receive: Receive) -> bytes:
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise InvalidInput("the client went away before its body was complete")
+            chunks.append(message["body"])
+            size += len(message["body"])
+            if size > self._body_bytes_max:
+                raise BodyTooLarge(f"a body has at most {self._body_bytes_max} bytes here")
+            if not message.get("more_body"):
+                return b"".join(chunks)
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+async def _send(reply: Reply, send: Send) -> None:
+    headers = [
+        (b"content-type", reply.media_type.encode()),
+        (b"content-length", str(len(reply.body)).encode()),
+        *((name.encode(), value.encode()) for name, value in reply.headers.items()),
+    ]
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": reply.body, "more_body": False})

@@ -1,0 +1,1 @@
+"""The database room on real databases: transactions, what is lost and what is not, migrations, group commit."""

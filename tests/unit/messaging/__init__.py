@@ -1,0 +1,1 @@
+"""The messaging room's rules: policies, topology, codec, deliveries."""
