@@ -74,6 +74,7 @@ async def listening(system: System) -> Any:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody's X-Forwarded-For is believed
         backlog=BACKLOG,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=max(1, system.settings.messaging.drain_ms // 1_000),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -136,6 +137,7 @@ class SqlSubscription:
         self._ids = ids
         self._wakeups = wakeups
         self._waiter = Waiter(clock)
+        self._in_flight = observe.messages_in_flight.labels(queue)
         self._prefetch = prefetch
         self._lease_us = lease_us
         self._poll_us = poll_us
@@ -209,7 +211,7 @@ class SqlSubscription:
     def _delivery(self, row: Any) -> Delivery:
         receipt = Receipt(row.id, row.lease)
         self._held[row.id] = receipt
-        observe.messages_in_flight.labels(self._queue).inc()
+        self._in_flight.inc()
         message = Message(
             exchange=row.exchange,
             routing_key=row.routing_key,
@@ -277,8 +279,9 @@ class SqlSubscription:
         for settlement in settlements:
             settlement.delivery.mark_settled()
             if self._held.pop(settlement.delivery.receipt.row_id, None) is not None:
-                observe.messages_in_flight.labels(self._queue).dec()
-            observe.messages_handled.labels(self._queue, settlement.kind).inc()
+                self._in_flight.dec()
+        for kind, count in Counter(settlement.kind for settlement in settlements).items():
+            observe.messages_handled.labels(self._queue, kind).inc(count)
         self._waiter.wake()
 
     async def _renew(self) -> None:

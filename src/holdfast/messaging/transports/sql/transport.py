@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 from sqlalchemy import Executable, case, delete, func, select, update
@@ -126,9 +128,9 @@ class SqlTransport:
             await _INSERT.many(tx, rows)
             dues = {(str(row["queue"]), int(str(row["due_us"]))) for row in rows}
             tx.on_commit(lambda: self._tell(dues))
-        for outgoing, outcome in zip(batch, outcomes, strict=True):
-            if outcome is None:
-                observe.messages_published.labels(outgoing.message.exchange).inc()
+        stored = (outgoing for outgoing, outcome in zip(batch, outcomes, strict=True) if outcome is None)
+        for exchange, count in Counter(outgoing.message.exchange for outgoing in stored).items():
+            tx.on_commit(partial(observe.messages_published.labels(exchange).inc, count))
         return outcomes
 
     async def cancel_in(self, tx: Tx, cancel_keys: Sequence[str]) -> int:
