@@ -17,21 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Literal
 
 import jwt
 import msgspec
 import uvloop
 
-from benchmarks.loadgen import BuyerOutcome, HttpClient, LoadReport, run_load
+from benchmarks.loadgen import BuyerOutcome, HttpClient, LoadReport, probe_machine, run_load
 
 LOOPBACK = "127.0.0.1"  # A load generator must not be able to aim at anyone else's machine.
 MERCHANT_ID = "holdfast-demo"
 TOKEN_LIFETIME_SECONDS = 3600
 TOKEN_SECRET_VARIABLE = "BENCH_TOKEN_SECRET"
 NOTICE_SECRET_VARIABLE = "BENCH_NOTICE_SECRET"
-
-Goal = Literal["place", "settle"]
 
 
 class _Payment(msgspec.Struct):
@@ -65,11 +62,13 @@ class RunReport:
     """A measured load, and whether the orders it calls settled really read as paid right after it.
 
     ``confirmed`` counts the sampled orders that a GET showed as paid without any wait.  Anything less
-    than ``sampled`` means that the system acknowledges notices before it settles them, and that its
-    settled orders per second are not comparable.
+    than ``sampled`` means that the system acknowledges notices before it settles them: its settled
+    orders per second must then be counted to the moment the last one is settled.  ``probe_seconds``
+    is the speed of the machine before the first request (see ``probe_machine``).
     """
 
     load: LoadReport
+    probe_seconds: float
     sampled: int
     confirmed: int
 
@@ -171,16 +170,12 @@ class Buyers:
         return f"place_{response.status}", None, seconds
 
 
-async def run_buyers(
-    client: HttpClient, buyers: Buyers, goal: Goal, total: int, concurrency: int, sample: int
-) -> RunReport:
-    """Run the load, then read back an even sample of the orders it settled."""
-    act = buyers.settle if goal == "settle" else buyers.place
-    load = await run_load(partial(act, client), total, concurrency)
+async def confirm_settled(client: HttpClient, buyers: Buyers, sample: int) -> tuple[int, int]:
+    """Read back an even sample of the settled orders; return how many, and how many of them show as paid."""
     step = max(len(buyers.settled) // sample, 1) if sample else 1
     chosen = buyers.settled[::step][:sample]
     statuses = [await buyers.status(client, index, order_id) for index, order_id in chosen]
-    return RunReport(load, sampled=len(chosen), confirmed=statuses.count("paid"))
+    return len(chosen), statuses.count("paid")
 
 
 async def _run(options: argparse.Namespace) -> RunReport:
@@ -190,11 +185,14 @@ async def _run(options: argparse.Namespace) -> RunReport:
         token_secret=os.environ[TOKEN_SECRET_VARIABLE],
         notice_secret=os.environ[NOTICE_SECRET_VARIABLE],
     )
+    early, buyers = make(options.warmup), make(options.buyers)
+    act = Buyers.settle if options.goal == "settle" else Buyers.place
+    probe_seconds = probe_machine()
     async with HttpClient(LOOPBACK, options.port, options.connections) as client:
-        if options.warmup:
-            await run_buyers(client, make(options.warmup), options.goal, options.warmup, options.connections, 0)
-        buyers = make(options.buyers)
-        return await run_buyers(client, buyers, options.goal, options.buyers, options.connections, options.sample)
+        await run_load(partial(act, early, client), options.warmup, options.connections)
+        load = await run_load(partial(act, buyers, client), options.buyers, options.connections)
+        sampled, confirmed = await confirm_settled(client, buyers, options.sample)
+    return RunReport(load, probe_seconds, sampled, confirmed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from typing import Self, cast
 import httptools
 
 KEPT_FAILURES = 5
+PROBE_STEPS = 300_000
 
 
 class LoadError(Exception):
@@ -224,6 +225,8 @@ class LoadReport:
     buyers: int
     concurrency: int
     elapsed_seconds: float
+    ended_monotonic: float
+    """When the load ended on ``time.monotonic``, which all processes of a Linux machine share."""
     generator_cpu_seconds: float
     outcomes: dict[str, int]
     steps: dict[str, StepLatency]
@@ -259,15 +262,30 @@ async def run_load(make_buyer: MakeBuyer, buyers_total: int, concurrency: int) -
         for _ in range(min(concurrency, buyers_total)):
             lanes.create_task(lane())
     elapsed, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+    ended = time.monotonic()
     return LoadReport(
         buyers=buyers_total,
         concurrency=concurrency,
         elapsed_seconds=elapsed,
+        ended_monotonic=ended,
         generator_cpu_seconds=cpu,
         outcomes=dict(Counter(result.outcome for result in results)),
         steps=_latencies(results),
         failures=failures,
     )
+
+
+def probe_machine() -> float:
+    """Return the seconds this machine takes, right now, for a fixed piece of Python work.
+
+    Virtual machines change speed under a benchmark, by a factor of two and without a trace in steal
+    time.  Rates are comparable only between runs whose probes agree.  Probe while the server is idle.
+    """
+    kept: dict[int, tuple[int, str]] = {}
+    started = time.perf_counter()
+    for step in range(PROBE_STEPS):
+        kept[step & 1023] = (step, str(step))
+    return time.perf_counter() - started
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:

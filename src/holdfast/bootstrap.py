@@ -24,8 +24,8 @@ from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.publisher import Publisher
 from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.tables import HISTORY as MESSAGING_HISTORY
-from holdfast.messaging.transport import Transport
-from holdfast.messaging.transports.registry import sql_transport
+from holdfast.messaging.toolkit import Messaging, open_messaging
+from holdfast.messaging.transports.sql.transport import SqlTransport
 from holdfast.services.contracts.events import TYPES
 from holdfast.services.contracts.topology import TOPOLOGY
 from holdfast.services.orders import listeners as order_listeners
@@ -54,35 +54,18 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
 
     settings: Settings
     clock: Clock
-    ids: IdSource
     database: Database
-    group: GroupCommit
-    transport: Transport
-    publisher: Publisher
-    outbox: Outbox
-    inbox: Inbox
-    codec: Codec
+    messaging: Messaging
     orders: OrderService
     stock: StockService
     payments: PaymentService
     sandbox: Sandbox
     listens: tuple[Listen, ...]
-    listeners: list[Listener]
     sweepers: list[Sweeper]
 
     def listen(self, listen: Listen) -> Listener:
         """Start one more listener; it stops with the system."""
-        listener = Listener(
-            listen,
-            transport=self.transport,
-            group=self.group,
-            inbox=self.inbox,
-            codec=self.codec,
-            clock=self.clock,
-        )
-        self.listeners.append(listener)
-        listener.start()
-        return listener
+        return self.messaging.listen(listen)
 
     def work(self) -> None:
         """Start the services' listeners and sweepers."""
@@ -90,6 +73,38 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
             self.listen(listen)
         for sweeper in self.sweepers:
             sweeper.start()
+
+    @property
+    def group(self) -> GroupCommit:
+        return self.messaging.group
+
+    @property
+    def ids(self) -> IdSource:
+        return self.messaging.ids
+
+    @property
+    def transport(self) -> SqlTransport:
+        return self.messaging.transport
+
+    @property
+    def outbox(self) -> Outbox:
+        return self.messaging.outbox
+
+    @property
+    def publisher(self) -> Publisher:
+        return self.messaging.publisher
+
+    @property
+    def inbox(self) -> Inbox:
+        return self.messaging.inbox
+
+    @property
+    def codec(self) -> Codec:
+        return self.messaging.codec
+
+    @property
+    def listeners(self) -> list[Listener]:
+        return self.messaging.listeners
 
     async def check(self) -> None:
         """Ask the database for a sign of life; raises `Unavailable`."""
@@ -99,9 +114,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     async def stop_work(self) -> None:
         """Stop sweepers and listeners: running handlers finish, the rest goes back to the queues."""
         await asyncio.gather(*(sweeper.stop() for sweeper in self.sweepers))
-        drain_s = self.settings.messaging.drain_ms / 1_000
-        await asyncio.gather(*(listener.stop(drain_s) for listener in self.listeners))
-        self.listeners.clear()
+        await self.messaging.stop_listeners()
 
 
 @asynccontextmanager
@@ -116,16 +129,12 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         database = await connect(settings.database)
         stack.push_async_callback(database.close)
         await require_current(database, HISTORIES)
-        group = GroupCommit(
-            database, clock, batch_max=settings.database.batch_max, queue_max=settings.database.queue_max
+        bus = await stack.enter_async_context(
+            open_messaging(
+                database, TYPES, TOPOLOGY, clock=clock, settings=settings.messaging, database_settings=settings.database
+            )
         )
-        group.start()
-        stack.push_async_callback(group.close)
-        ids = IdSource(clock)
-        transport = await stack.enter_async_context(sql_transport(database, group, clock, ids, settings.messaging))
-        await transport.declare(TOPOLOGY)
-        codec = Codec(TYPES)
-        outbox = Outbox(transport, codec, clock, ids)
+        group, ids, outbox = bus.group, bus.ids, bus.outbox
         sandbox = _sandbox(settings, group, clock)
         payments = Payments(clock, ids, outbox, sandbox, settings.payments.merchant_id)
         payment_service = PaymentService(database, group, payments, sandbox, clock)
@@ -141,20 +150,13 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         system = System(
             settings=settings,
             clock=clock,
-            ids=ids,
             database=database,
-            group=group,
-            transport=transport,
-            publisher=Publisher(transport, codec, clock, ids),
-            outbox=outbox,
-            inbox=Inbox(clock),
-            codec=codec,
+            messaging=bus,
             orders=orders,
             stock=StockService(database, group, stock),
             payments=payment_service,
             sandbox=sandbox,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
-            listeners=[],
             sweepers=_sweepers(orders, payment_service, settings, clock),
         )
         stack.push_async_callback(system.stop_work)

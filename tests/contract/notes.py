@@ -220,14 +220,18 @@ class Reader:
 # -- listening --------------------------------------------------------------------------------------------------------
 
 
-def plainly(handler: Plain, name: str = "reader", **options: Any) -> Listen:
+def plainly(
+    handler: Plain, name: str = "reader", *, local: RetryPolicy = ONCE, durable: RetryPolicy = ONCE, **options: Any
+) -> Listen:
     """A listener whose plain handler gets the notes one by one; it tries once unless told otherwise."""
-    return Listen(name=name, queue=QUEUE, plain={Note: handler}, **{"local": ONCE, "durable": ONCE, **options})
+    return Listen(name=name, queue=QUEUE, plain={Note: handler}, local=local, durable=durable, **options)
 
 
-def effectively(effect: Effect, name: str = "reader", **options: Any) -> Listen:
+def effectively(
+    effect: Effect, name: str = "reader", *, local: RetryPolicy = ONCE, durable: RetryPolicy = ONCE, **options: Any
+) -> Listen:
     """A listener whose effect gets the notes in batches; it tries once unless told otherwise."""
-    return Listen(name=name, queue=QUEUE, effects={Note: effect}, **{"local": ONCE, "durable": ONCE, **options})
+    return Listen(name=name, queue=QUEUE, effects={Note: effect}, local=local, durable=durable, **options)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

@@ -211,11 +211,8 @@ async def test_a_message_waits_unacked_for_a_local_and_delayed_for_a_durable_ret
     clock = manual_clock()
     system = await office(start_system, clock=clock)
     desk = Desk(fail=True)
-    policies = {
-        "local": RetryPolicy(tries=2, interval_ms=500),
-        "durable": RetryPolicy(tries=3, interval_ms=5_000, multiplier=2.0),
-    }
-    system.listen(plainly(desk.handle, **policies))
+    durable = RetryPolicy(tries=3, interval_ms=5_000, multiplier=2.0)
+    system.listen(plainly(desk.handle, local=RetryPolicy(tries=2, interval_ms=500), durable=durable))
     await send(system, "poison")
     await desk.has(1)
     await turn(system)
@@ -559,8 +556,8 @@ async def test_stop_during_a_local_retry_gives_the_message_another_attempt_later
     patient = with_messaging(settings, **PATIENT)
     desk = Desk(fail=True)
     async with opened(patient) as system:
-        policy = {"local": RetryPolicy(tries=5, interval_ms=60_000), "durable": RetryPolicy(tries=5, interval_ms=0)}
-        system.listen(plainly(desk.handle, **policy))
+        local, durable = RetryPolicy(tries=5, interval_ms=60_000), RetryPolicy(tries=5, interval_ms=0)
+        system.listen(plainly(desk.handle, local=local, durable=durable))
         await send(system, "again")
         await desk.has(1)
     desk.fail = False

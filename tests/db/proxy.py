@@ -12,8 +12,12 @@ from tests.servers.postgres import HOST
 READY_AND_IDLE = b"Z\x00\x00\x00\x05I"  # ReadyForQuery, outside of any transaction: COMMIT is done
 
 
-class CommitSwallower:
-    """Forwards everything; once armed it passes COMMIT on, keeps the reply to itself and cuts the connection."""
+class LossyProxy:
+    """Forwards everything, until told otherwise.
+
+    Once armed it passes COMMIT on, keeps the reply to itself and cuts the connection. While `hold` is set, replies wait
+    from the statement on that contains it, until `release`.
+    """
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
@@ -22,6 +26,9 @@ class CommitSwallower:
         self.armed = False
         self.before_commit = False
         self.swallowed = 0
+        self.hold: bytes | None = None
+        self.held = asyncio.Event()
+        self.release = asyncio.Event()
         self.port = 0
 
     async def __aenter__(self) -> Self:
@@ -57,13 +64,12 @@ class CommitSwallower:
 class _Link:
     """One connection through the proxy."""
 
-    def __init__(
-        self, proxy: CommitSwallower, to_client: asyncio.StreamWriter, to_server: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, proxy: LossyProxy, to_client: asyncio.StreamWriter, to_server: asyncio.StreamWriter) -> None:
         self._proxy = proxy
         self._to_client = to_client
         self._to_server = to_server
         self._swallowing = False
+        self._holding = False
 
     async def upwards(self, client: asyncio.StreamReader) -> None:
         with suppress(OSError):
@@ -73,11 +79,16 @@ class _Link:
                     self._swallowing = True
                     if self._proxy.before_commit:
                         return
+                if self._proxy.hold is not None and self._proxy.hold in data:
+                    self._holding = True
+                    self._proxy.held.set()
                 self._to_server.write(data)
 
     async def downwards(self, server: asyncio.StreamReader) -> None:
         with suppress(OSError):
             while data := await server.read(65_536):
+                if self._holding:
+                    await self._proxy.release.wait()
                 if not self._swallowing:
                     self._to_client.write(data)
                 elif READY_AND_IDLE in data:

@@ -17,8 +17,8 @@ from holdfast.errors import HoldfastError, OutcomeUnknown, Unavailable, UnsafeDa
 from holdfast.settings import DatabaseSettings
 from tests.conftest import eventually
 from tests.db.jars import content, make_jars, put, seen
-from tests.db.proxy import CommitSwallower, RefusingServer
-from tests.servers.postgres import HOST, USER, PostgresServer
+from tests.db.proxy import LossyProxy, RefusingServer
+from tests.servers.postgres import HOST, USER, PostgresServer, require_postgres
 
 
 @asynccontextmanager
@@ -50,6 +50,11 @@ async def kill(url: str, pid: int) -> None:
     await ask(url, f"SELECT pg_terminate_backend({pid}, 10000)")
 
 
+async def loop_turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 async def works(database: Database) -> bool:
     try:
         async with database.transaction() as tx:
@@ -70,6 +75,7 @@ async def test_a_database_that_may_lose_commits_is_refused_by_name(postgres_name
 
 
 async def test_a_server_that_does_not_sync_is_refused_by_name() -> None:
+    require_postgres()
     with PostgresServer(settings={"fsync": "off"}) as server, pytest.raises(UnsafeDatabase, match="fsync=off"):
         await connect(DatabaseSettings(url=server.url("postgres")))
 
@@ -194,7 +200,7 @@ async def test_a_lost_reply_to_commit_is_an_unknown_outcome(
     postgres_server: PostgresServer, postgres_name: str, before_commit: bool
 ) -> None:
     """The caller cannot tell the two cases apart, and is told so; the row is there in one of them."""
-    async with CommitSwallower(postgres_server.port) as proxy:
+    async with LossyProxy(postgres_server.port) as proxy:
         through_proxy = f"postgresql://{USER}@{HOST}:{proxy.port}/{postgres_name}"
         async with opened(through_proxy) as database:
             await make_jars(database)
@@ -213,6 +219,71 @@ async def test_a_lost_reply_to_commit_is_an_unknown_outcome(
             assert woken == []
             assert proxy.swallowed == (0 if before_commit else 1)
             assert await content(database) == ({} if before_commit else {"a": 0})
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+@pytest.mark.parametrize("held", ["BEGIN", "INSERT", "COMMIT"])
+async def test_a_transaction_cancelled_before_a_reply_came_leaves_no_half_open_one_to_the_next(
+    postgres_server: PostgresServer, postgres_name: str, postgres_url: str, held: str, cancels: int
+) -> None:
+    """Else the next transaction is nested in the abandoned one, and its COMMIT commits nothing."""
+    async with LossyProxy(postgres_server.port) as proxy:
+        through_proxy = f"postgresql://{USER}@{HOST}:{proxy.port}/{postgres_name}"
+        async with opened(through_proxy, pool_size=1) as database:
+            await make_jars(database)
+
+            async def work() -> None:
+                async with database.transaction() as tx:
+                    await put(tx, "left")
+                    await put(tx, "right")
+
+            proxy.hold = held.encode()
+            task = asyncio.create_task(work())
+            await asyncio.wait_for(proxy.held.wait(), 20)
+            proxy.hold = None
+            for _ in range(cancels):
+                task.cancel()
+                await loop_turns(50)
+            proxy.release.set()
+            await asyncio.wait([task], timeout=20)
+            assert task.cancelled()
+
+            async with asyncio.timeout(20), database.transaction() as tx:
+                await put(tx, "after")
+            assert await ask(postgres_url, "SELECT count(*) FROM jar WHERE name = 'after'") == 1, "said, not committed"
+            halves = await ask(postgres_url, "SELECT count(*) FROM jar WHERE name <> 'after'")
+            assert halves in ((0, 2) if held == "COMMIT" else (0,))
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+@pytest.mark.parametrize("snapshot", [True, False])
+async def test_a_read_cancelled_before_a_reply_came_leaves_the_connection_usable(
+    postgres_server: PostgresServer, postgres_name: str, snapshot: bool, cancels: int
+) -> None:
+    async with LossyProxy(postgres_server.port) as proxy:
+        through_proxy = f"postgresql://{USER}@{HOST}:{proxy.port}/{postgres_name}"
+        async with opened(through_proxy, pool_size=1) as database:
+            await make_jars(database, "a")
+
+            async def work() -> None:
+                async with database.read(snapshot=snapshot) as tx:
+                    await seen(tx)
+
+            proxy.hold = b"SELECT jar"
+            task = asyncio.create_task(work())
+            await asyncio.wait_for(proxy.held.wait(), 20)
+            proxy.hold = None
+            for _ in range(cancels):
+                task.cancel()
+                await loop_turns(50)
+            proxy.release.set()
+            await asyncio.wait([task], timeout=20)
+            assert task.cancelled()
+
+            async with asyncio.timeout(20):
+                assert await content(database) == {"a": 0}
+                async with database.transaction() as tx:
+                    assert await seen(tx) == {"a": 0}
 
 
 async def test_a_statement_that_runs_too_long_is_unavailable(postgres_url: str) -> None:

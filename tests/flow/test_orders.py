@@ -14,7 +14,7 @@ from sqlalchemy import select
 from holdfast import bootstrap
 from holdfast.audit import audit
 from holdfast.bootstrap import System
-from holdfast.clock import US_PER_S, ManualClock
+from holdfast.clock import US_PER_S, ManualClock, SystemClock
 from holdfast.errors import HoldfastError, InvalidInput, Unavailable
 from holdfast.messaging.tables import messages
 from holdfast.services.contracts import topology
@@ -846,44 +846,43 @@ class TestRaces:
         views = [await order(system, f"buyer-{number}") for number in range(50)]
         clock.advance(TIME_OUT_S - 0.001)
 
-        async def late(turns: int) -> None:
-            for _ in range(turns):
-                await asyncio.sleep(0)
+        def moment(until_ms: int) -> float:
+            return chance.uniform(0, until_ms) / 1_000
 
-        async def the_deadline(turns: int) -> None:
-            await late(turns)
+        late = SystemClock().sleep  # spreads the starts over several group commits; nothing is waited for
+
+        async def the_deadline(after_s: float) -> None:
+            await late(after_s)
             clock.advance(0.001)
             passed.set()
 
-        async def buyer_pays(view: OrderView, turns: int) -> str:
-            await late(turns)
+        async def buyer_pays(view: OrderView, after_s: float) -> str:
+            await late(after_s)
             try:
                 await pay(system, view)
             except TradeClosed:
                 return "refused"
             return "paid"
 
-        async def buyer_cancels(view: OrderView, buyer: str, turns: int) -> str:
-            await late(turns)
+        async def buyer_cancels(view: OrderView, buyer: str, after_s: float) -> str:
+            await late(after_s)
             try:
                 await system.orders.cancel(int(view.id), buyer)
             except NotCancellable:
                 return "refused"
             return "cancelled"
 
-        async def expires(view: OrderView, turns: int) -> None:
-            await late(turns)
+        async def expires(view: OrderView, after_s: float) -> None:
+            await late(after_s)
             if await system.orders.expire(int(view.id)) is Expiry.EARLY:
                 await passed.wait()
                 assert await system.orders.expire(int(view.id)) is not Expiry.EARLY
 
         paid, cancelled, _, _ = await asyncio.gather(
-            asyncio.gather(*(buyer_pays(view, chance.randrange(60)) for view in views)),
-            asyncio.gather(
-                *(buyer_cancels(view, f"buyer-{number}", chance.randrange(90)) for number, view in enumerate(views))
-            ),
-            asyncio.gather(*(expires(view, chance.randrange(90)) for view in views)),
-            the_deadline(45),
+            asyncio.gather(*(buyer_pays(view, moment(60)) for view in views)),
+            asyncio.gather(*(buyer_cancels(view, f"buyer-{number}", moment(90)) for number, view in enumerate(views))),
+            asyncio.gather(*(expires(view, moment(90)) for view in views)),
+            the_deadline(0.045),
         )
 
         await clean_in_time(system, clock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -151,7 +151,7 @@ def test_a_missing_or_broken_trace_begins_a_new_one(carrier: dict[str, str]) -> 
 
 
 def test_a_trace_survives_many_hops() -> None:
-    carrier: dict[str, str] = {}
+    carrier: Mapping[str, str] = {}
     seen = set()
     for _ in range(4):
         with observe.trace_from(carrier):

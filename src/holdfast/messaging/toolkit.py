@@ -1,0 +1,102 @@
+"""The toolkit put together: one call gives publisher, outbox, inbox and listeners over a database."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import msgspec
+
+from holdfast.clock import Clock, SystemClock
+from holdfast.db.database import Database
+from holdfast.db.group_commit import GroupCommit
+from holdfast.db.migrate import require_current
+from holdfast.ids import IdSource
+from holdfast.messaging.codec import Codec
+from holdfast.messaging.inbox import Inbox
+from holdfast.messaging.listener import Listen, Listener
+from holdfast.messaging.outbox import Outbox
+from holdfast.messaging.publisher import Publisher
+from holdfast.messaging.tables import HISTORY
+from holdfast.messaging.topology import Topology
+from holdfast.messaging.transports.registry import sql_transport
+from holdfast.messaging.transports.sql.transport import SqlTransport
+from holdfast.settings import DatabaseSettings, MessagingSettings
+
+
+class Messaging(msgspec.Struct, frozen=True, kw_only=True):
+    """The running toolkit."""
+
+    clock: Clock
+    ids: IdSource
+    group: GroupCommit
+    transport: SqlTransport
+    codec: Codec
+    inbox: Inbox
+    outbox: Outbox
+    publisher: Publisher
+    drain_s: float
+    listeners: list[Listener]
+
+    def listen(self, listen: Listen) -> Listener:
+        """Start a listener; it stops with the toolkit."""
+        listener = Listener(
+            listen,
+            transport=self.transport,
+            group=self.group,
+            inbox=self.inbox,
+            codec=self.codec,
+            clock=self.clock,
+        )
+        self.listeners.append(listener)
+        listener.start()
+        return listener
+
+    async def stop_listeners(self) -> None:
+        """Let running handlers finish, give the rest back to the queues."""
+        await asyncio.gather(*(listener.stop(self.drain_s) for listener in self.listeners))
+        self.listeners.clear()
+
+
+@asynccontextmanager
+async def open_messaging(
+    database: Database,
+    types: Mapping[str, type[msgspec.Struct]],
+    topology: Topology,
+    *,
+    clock: Clock | None = None,
+    settings: MessagingSettings | None = None,
+    database_settings: DatabaseSettings | None = None,
+) -> AsyncIterator[Messaging]:
+    """Run the toolkit over a migrated database: declare the topology, give everything, drain at the end.
+
+    `types` maps each type id on the wire to its struct. Raises `SchemaOutdated` when the tables are missing
+    (`await migrate(database, [HISTORY])` makes them) and `TopologyMismatch`.
+    """
+    clock = clock or SystemClock()
+    settings = settings or MessagingSettings()
+    limits = database_settings or DatabaseSettings()
+    async with AsyncExitStack() as stack:
+        await require_current(database, [HISTORY])
+        group = GroupCommit(database, clock, batch_max=limits.batch_max, queue_max=limits.queue_max)
+        group.start()
+        stack.push_async_callback(group.close)
+        ids = IdSource(clock)
+        transport = await stack.enter_async_context(sql_transport(database, group, clock, ids, settings))
+        await transport.declare(topology)
+        codec = Codec(types)
+        running = Messaging(
+            clock=clock,
+            ids=ids,
+            group=group,
+            transport=transport,
+            codec=codec,
+            inbox=Inbox(clock),
+            outbox=Outbox(transport, codec, clock, ids),
+            publisher=Publisher(transport, codec, clock, ids),
+            drain_s=settings.drain_ms / 1_000,
+            listeners=[],
+        )
+        stack.push_async_callback(running.stop_listeners)
+        yield running
