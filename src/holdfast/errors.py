@@ -35,7 +35,7 @@ class HoldfastError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, detail: str = "") -> None:
-        super().__init__(detail or (type(self).__doc__ or "").splitlines()[0])
+        super().__init__(detail or (type(self).__doc__ or type(self).__name__).splitlines()[0])
 
     @property
     def detail(self) -> str:

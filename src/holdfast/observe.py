@@ -18,6 +18,8 @@ import structlog
 from opentelemetry import context, trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from structlog.processors import ExceptionRenderer
+from structlog.tracebacks import ExceptionDictTransformer
 
 registry = CollectorRegistry(auto_describe=True)
 
@@ -71,7 +73,11 @@ _carried: ContextVar[tuple[trace.Span, Mapping[str, str]] | None] = ContextVar("
 
 def configure_logs(form: str, level: str) -> None:
     """Send structured logs to standard error as `console` or `json` lines, from `level` upward."""
-    console = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    # Tracebacks without local variables: these may hold secrets and buyers' data.
+    console = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+    )
+    tracebacks = ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
     renderer: Any = structlog.processors.JSONRenderer() if form == "json" else console
     structlog.configure(
         processors=[
@@ -79,7 +85,7 @@ def configure_logs(form: str, level: str) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             _add_trace,
-            structlog.processors.dict_tracebacks if form == "json" else structlog.processors.StackInfoRenderer(),
+            tracebacks if form == "json" else structlog.processors.StackInfoRenderer(),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,22 +28,35 @@ Milliseconds = Annotated[int, Meta(ge=0, le=366 * 86_400_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
-class Secret(str):
+class Secret:
     """A string that does not show itself in logs, reprs or tracebacks; `reveal()` gives the text."""
 
-    __slots__ = ()
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
 
     def __repr__(self) -> str:
         return "Secret('***')"
 
-    def __str__(self) -> str:
-        return "***"
+    __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
-        return "***"
+        return format(repr(self), spec)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
 
     def reveal(self) -> str:
-        return str.__str__(self)
+        return self._text
+
+
+def without_password(url: str) -> str:
+    """The URL with its password masked, fit for logs and errors."""
+    return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", url)
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +72,10 @@ class DatabaseSettings(Section, frozen=True, kw_only=True):
     statement_timeout_ms: Milliseconds = 30_000
     batch_max: Positive = 200  # requests one group commit takes at most
     queue_max: Positive = 10_000  # requests waiting for a group commit; more are refused
+
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in self.__struct_fields__} | {"url": without_password(self.url)}
+        return f"DatabaseSettings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 class MessagingSettings(Section, frozen=True, kw_only=True):

@@ -108,7 +108,7 @@ async def test_a_drivers_error_shows_no_parameters_in_logs_and_tracebacks(databa
     for statement, name in [("INSERT INTO nowhere VALUES (:name)", "ann"), ("INSERT INTO jar VALUES (:name, -1)", "a")]:
         try:
             async with database.transaction() as tx:
-                await tx.execute(text(statement), {"name": f"correct-horse-{name}"})
+                await tx.execute(text(statement), {"name": "-".join(["correct", "horse", name])})
         except Exception as error:
             errors.append("".join(traceback.format_exception(error)))
     assert len(errors) == 2

@@ -7,9 +7,9 @@ it, and leaving the block commits. `async with db.read() as tx` reads outside of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from sqlalchemy import CursorResult, Executable
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -18,6 +18,7 @@ from holdfast import observe
 from holdfast.db.border import translate, translate_commit
 
 Dialect = Literal["sqlite", "postgresql"]
+T = TypeVar("T")
 Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 log = observe.logger("db")
@@ -30,6 +31,7 @@ class Tx:
         self.connection = connection
         self.dialect = dialect
         self.memo: dict[Any, Any] = {}  # what was read in this transaction and cannot change during it
+        self.void: Exception | None = None  # what a statement failed with; the transaction can only be rolled back
         self._after_commit: list[Callable[[], None]] = []
         self._causes: dict[int, tuple[Any, Mapping[str, str]]] = {}
         self._driver: Any = None
@@ -39,33 +41,29 @@ class Tx:
 
         Raises `Conflict`, `Unavailable` or `ConstraintFailed`; in each case the transaction is void and must be left.
         """
-        try:
-            return await self.connection.execute(statement, parameters)
-        except Exception as error:
-            raise translate(error) from error
+        return await self._run(self.connection.execute(statement, parameters))
 
     async def fetch(self, text: str, arguments: Sequence[Any]) -> Sequence[Any]:
         """Run one statement on the driver and fetch all its rows; for `Prepared`. Raises as `execute` does."""
         driver = await self._on_driver()
-        try:
-            if self.dialect == "postgresql":
-                rows: Sequence[Any] = await driver.fetch(text, *arguments)
-            else:
-                rows = await driver.execute_fetchall(text, arguments)
-        except Exception as error:
-            raise translate(error) from error
+        if self.dialect == "postgresql":
+            rows: Sequence[Any] = await self._run(driver.fetch(text, *arguments))
+        else:
+            rows = await self._run(driver.execute_fetchall(text, arguments))
         return rows
 
     async def run_many(self, text: str, arguments: Sequence[Sequence[Any]]) -> None:
         """Run one statement for each set of arguments on the driver; for `Prepared`. Raises as `execute` does."""
         driver = await self._on_driver()
-        try:
-            if self.dialect == "postgresql":
-                await driver.executemany(text, arguments)
-            else:
-                await (await driver.executemany(text, arguments)).close()
-        except Exception as error:
-            raise translate(error) from error
+        if self.dialect == "postgresql":
+            await self._run(driver.executemany(text, arguments))
+        else:
+            await (await self._run(driver.executemany(text, arguments))).close()
+
+    def refuse_void(self) -> None:
+        """Raise what a statement of this transaction failed with, if one did."""
+        if self.void is not None:
+            raise self.void
 
     def caused(self, by: Any, trace: Mapping[str, str]) -> None:
         """Note the trace of a request or message that is decided in this transaction; `by` is known by identity."""
@@ -82,6 +80,16 @@ class Tx:
         The callback must neither wait nor fail: it wakes somebody up. What must not be lost belongs in a row.
         """
         self._after_commit.append(callback)
+
+    async def _run(self, statement: Awaitable[T]) -> T:
+        try:
+            if self.dialect == "sqlite":
+                # The statement runs in a thread that cannot be stopped; leaving it behind would lose the connection.
+                return await outlast(_awaited(statement))
+            return await statement
+        except Exception as error:
+            self.void = translate(error)
+            raise self.void from error
 
     async def _on_driver(self) -> Any:
         if self._driver is None:
@@ -123,38 +131,54 @@ class Database(Protocol):
 async def committing(
     tx: Tx, commit: Callable[[], Awaitable[None]], rollback: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[Tx]:
-    """Run a block in an opened transaction: commit when it ends, roll back when it raises or is cancelled."""
+    """Run a block in an opened transaction: commit when it ends, roll back when it raises or is cancelled.
+
+    A statement that failed voids the transaction for good: a block that swallowed its error is rolled back, and the
+    error is raised here, since the database would answer COMMIT with a silent ROLLBACK.
+    """
     try:
         yield tx
+        tx.refuse_void()
     except BaseException:
-        # Shielded: a cancelled caller must not leave a half-open transaction on a connection that others use next.
-        await asyncio.shield(_quietly(rollback))
+        await outlast(_quietly(rollback))
         raise
+
+    async def finish() -> None:
+        await commit()
+        tx.committed()
+
     try:
-        await uninterrupted(commit())
+        await outlast(finish())
     except Exception as error:
-        await asyncio.shield(_quietly(rollback))
+        await outlast(_quietly(rollback))
         raise translate_commit(error) from error
-    tx.committed()
 
 
-async def uninterrupted(work: Awaitable[None]) -> None:
-    """Finish the work although the caller is cancelled meanwhile, then let the cancellation through.
+async def outlast(work: Coroutine[Any, Any, T]) -> T:
+    """Finish the work although the caller is cancelled meanwhile, however often; then let the cancellation through.
 
-    A COMMIT that is under way cannot be called back; only its answer tells whether it happened.
+    A COMMIT that is under way cannot be called back, and a connection must not go back to its pool half-way.
     """
     task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if not task.done():
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
             await asyncio.wait([task])
-        task.result()
-        raise
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log.warning("failed_while_cancelled", error=repr(failure)[:300])
+        raise cancelled
+    return task.result()
 
 
 async def _quietly(rollback: Callable[[], Awaitable[None]]) -> None:
     try:
         await rollback()
     except Exception as error:
-        log.warning("rollback_failed", error=str(translate(error)))  # the connection is discarded by its pool
+        log.warning("rollback_failed", error=str(translate(error))[:300])  # the connection is discarded by its pool
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work

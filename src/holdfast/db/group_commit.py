@@ -7,6 +7,7 @@ waits for company. One transaction per buyer is the ceiling of every order syste
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -67,13 +68,14 @@ class GroupCommit:
     def start(self) -> None:
         """Begin to decide; must be called with the loop running."""
         self._worker = asyncio.create_task(self._run(), name=f"group-commit-{self._name}")
+        self._worker.add_done_callback(self._ended)
 
     async def close(self) -> None:
         """Refuse new requests, decide those that wait, stop."""
         self._closing = True
         self._arrival.set()
         if self._worker is not None:
-            await self._worker
+            await asyncio.wait([self._worker])
 
     async def submit(self, decide: Decide[Q, A], request: Q) -> A:
         """Hand in one request and wait for its answer.
@@ -91,6 +93,14 @@ class GroupCommit:
         self._waiting.append(_Job(decide, request, self._clock.monotonic(), answer))
         self._arrival.set()
         return await answer
+
+    def _ended(self, worker: asyncio.Task[None]) -> None:
+        """Nobody may wait for a worker that is gone."""
+        self._closing = True
+        if not worker.cancelled() and (failure := worker.exception()) is not None:
+            log.error("group_commit_died", name=self._name, exc_info=failure)
+        _fail(list(self._waiting), ShuttingDown("this process is stopping; nothing was changed, try again elsewhere"))
+        self._waiting.clear()
 
     async def _run(self) -> None:
         while True:
@@ -117,11 +127,12 @@ class GroupCommit:
         """Give every job of the batch its answer, whatever happens."""
         try:
             answers = await self._decide_with_retry(batch)
-        except OutcomeUnknown as error:
+        except (OutcomeUnknown, Unavailable) as error:
             _fail(batch, error)
-        except Unavailable as error:
-            _fail(batch, error)
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and _stopping():
+                _fail(batch, OutcomeUnknown("the process stopped while this was decided"))
+                raise
             if len(batch) == 1:
                 _fail(batch, error)
                 return
@@ -169,14 +180,25 @@ def _give(job: _Job, answer: Any) -> None:
         job.answer.set_result(answer)
 
 
-def _fail(batch: list[_Job], error: Exception) -> None:
+def _stopping() -> bool:
+    """Whether the worker itself is cancelled, and not something that a decision waited for."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+def _fail(batch: list[_Job], error: BaseException) -> None:
     for job in batch:
         if not job.answer.done():
-            job.answer.set_exception(error if len(batch) == 1 else _twin(error))
+            job.answer.set_exception(_twin(error))
 
 
-def _twin(error: Exception) -> Exception:
+def _twin(error: BaseException) -> Exception:
     """An equal error for each caller: one raised instance would gather the tracebacks of all of them."""
-    twin = type(error)(*error.args)
+    if not isinstance(error, Exception):
+        return RuntimeError(f"the decision was ended by {type(error).__name__}")
+    try:
+        twin = copy.copy(error)
+    except Exception:  # a class that cannot be copied is shared, tracebacks and all
+        return error
     twin.__cause__ = error
     return twin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from holdfast.db.border import translate
-from holdfast.db.database import Dialect, Tx, committing
+from holdfast.db.database import Dialect, Tx, committing, outlast
 from holdfast.errors import InvalidSettings, UnsafeDatabase
 
 # A setting that is off gives an acknowledgement before the row is on the disk.
@@ -42,6 +41,7 @@ class PostgresDatabase:
                 url,
                 pool_size=pool_size,
                 max_overflow=0,
+                hide_parameters=True,
                 pool_timeout=POOL_TIMEOUT_S,
                 connect_args={
                     "timeout": CONNECT_TIMEOUT_S,
@@ -61,8 +61,10 @@ class PostgresDatabase:
         database = cls(engine, url)
         try:
             await database._refuse_unsafe()
-        except BaseException:
+        except BaseException as error:
             await engine.dispose()
+            if type(error).__module__.startswith(("asyncpg.", "sqlalchemy.")):
+                raise InvalidSettings(f"HOLDFAST_DATABASE: PostgreSQL refuses the connection: {error}") from error
             raise
         return database
 
@@ -87,7 +89,7 @@ class PostgresDatabase:
             try:
                 yield Tx(connection, "postgresql")
             finally:
-                await asyncio.shield(connection.rollback())
+                await outlast(connection.rollback())
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -101,7 +103,7 @@ class PostgresDatabase:
         try:
             yield connection
         finally:
-            await asyncio.shield(_give_back(connection))
+            await outlast(_give_back(connection))
 
     async def _refuse_unsafe(self) -> None:
         async with self.read() as tx:
@@ -116,11 +118,15 @@ class PostgresDatabase:
 
 async def _begin(connection: AsyncConnection) -> Any:
     driver: Any = (await connection.get_raw_connection()).driver_connection
-    opened = driver.transaction()
     try:
+        opened = driver.transaction()
         await opened.start()
-    except Exception as error:
-        raise translate(error) from error
+    except BaseException as error:
+        # Cancelled or failed here, the driver does not know whether BEGIN arrived: this connection is of no more use.
+        driver.terminate()
+        if isinstance(error, Exception):
+            raise translate(error) from error
+        raise
     return opened
 
 

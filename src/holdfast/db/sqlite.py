@@ -13,12 +13,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
-from sqlalchemy import StaticPool, event
+from sqlalchemy import URL, StaticPool, event, text
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from holdfast.db.border import translate
-from holdfast.db.database import Dialect, Tx, committing
+from holdfast.db.database import Dialect, Tx, committing, outlast
 from holdfast.errors import DatabaseInUse, InvalidSettings, Unavailable
 
 MEMORY = ":memory:"
@@ -45,15 +47,18 @@ class SqliteDatabase:
         Raises `DatabaseInUse` when another process writes it, `InvalidSettings` when the folder or file is missing.
         """
         if path != MEMORY:
+            path = os.path.realpath(path)  # noqa: ASYNC240  # at start-up; one file has one lock, whatever its name
             _check_path(Path(path), read_only)
         lock = None if read_only or path == MEMORY else _take_lock(path)
         database = cls(path, readers=readers, read_only=read_only, lock=lock)
         try:
-            if not read_only:
-                async with database.transaction():
-                    pass  # creates the file and the WAL before the first reader comes
-        except BaseException:
+            # Creates the file and the WAL before the first reader comes, and finds out whether it is a database.
+            async with database.read() if read_only else database.transaction() as tx:
+                await tx.execute(text("SELECT count(*) FROM sqlite_master"))
+        except BaseException as error:
             await database.close()
+            if isinstance(error, DatabaseError):
+                raise InvalidSettings(f"database: {path} is no SQLite database: {error.orig}") from error
             raise
         return database
 
@@ -77,7 +82,7 @@ class SqliteDatabase:
             try:
                 yield Tx(connection, "sqlite")
             finally:
-                await asyncio.shield(connection.rollback())
+                await outlast(connection.rollback())
 
     async def close(self) -> None:
         if self._readers is not None:
@@ -109,7 +114,7 @@ async def _connected(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     try:
         yield connection
     finally:
-        await asyncio.shield(connection.close())
+        await outlast(connection.close())
 
 
 async def _begin(connection: AsyncConnection) -> None:
@@ -150,7 +155,8 @@ def _take_lock(path: str) -> IO[str]:
 
 
 def _writer_engine(path: str) -> AsyncEngine:
-    engine = create_async_engine(f"sqlite+aiosqlite:///{path}", poolclass=StaticPool)
+    url = URL.create("sqlite+aiosqlite", database=path)
+    engine = create_async_engine(url, poolclass=StaticPool, hide_parameters=True)
 
     @event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, _: Any) -> None:
@@ -168,9 +174,9 @@ def _writer_engine(path: str) -> AsyncEngine:
 
 
 def _reader_engine(path: str, readers: int) -> AsyncEngine:
-    engine = create_async_engine(
-        f"sqlite+aiosqlite:///file:{path}?mode=ro&uri=true", pool_size=readers, max_overflow=0, pool_timeout=15
-    )
+    # The path stands in a URI of SQLite's, so `?`, `#` and `%` in it are quoted.
+    url = URL.create("sqlite+aiosqlite", database=f"file:{quote(path)}", query={"mode": "ro", "uri": "true"})
+    engine = create_async_engine(url, pool_size=readers, max_overflow=0, pool_timeout=15, hide_parameters=True)
 
     @event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, _: Any) -> None:

@@ -44,5 +44,18 @@ class Codec:
             raise CannotDecode(f"a body of {len(message.body)} bytes is over the limit of {BODY_BYTES_MAX}")
         try:
             return decoder.decode(message.body)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise CannotDecode(f"the body is no {message.type}: {error}") from None
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise CannotDecode(f"the body is no {message.type}: {_fault(error)}") from None
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong and where, without a word of the body: msgspec quotes values of these two faults."""
+    told = str(error)
+    where = told[told.rindex(" - at ") :] if " - at " in told else ""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start}"
+    if told.startswith("Invalid enum value"):
+        return f"Invalid enum value{where}"
+    if told.startswith("Object contains unknown field"):
+        return f"Object contains an unknown field{where}"
+    return told

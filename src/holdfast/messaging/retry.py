@@ -23,11 +23,23 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     interval_ms_max: int = 300_000
     jitter: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.tries < 1:
+            raise InvalidInput(f"tries counts the first attempt too, so it is at least 1, not {self.tries}")
+        for name in ("interval_ms", "interval_ms_max", "multiplier"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"{name} must not be below zero, it is {getattr(self, name)}")
+        if not 0 <= self.jitter <= 1:
+            raise InvalidInput(f"jitter is a share from 0 to 1, not {self.jitter}")
+
     def delay_ms(self, attempt: int, error: BaseException, chance: random.Random) -> int | None:
         """Milliseconds to wait after failed attempt number `attempt` (from 1), or None to give up."""
         if attempt >= self.tries or is_fatal(error):
             return None
-        wait = min(self.interval_ms * self.multiplier ** (attempt - 1), self.interval_ms_max)
+        try:
+            wait = min(self.interval_ms * self.multiplier ** (attempt - 1), self.interval_ms_max)
+        except OverflowError:  # so many attempts that the cap was reached long ago
+            wait = self.interval_ms_max
         return round(wait * (1 - self.jitter * chance.random()))
 
 

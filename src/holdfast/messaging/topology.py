@@ -53,7 +53,12 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     bindings: Sequence[Binding] = ()
 
     def __post_init__(self) -> None:
-        exchanges = {exchange.name for exchange in self.exchanges}
+        exchanges: dict[str, ExchangeKind] = {}
+        for exchange in self.exchanges:
+            if exchanges.setdefault(exchange.name, exchange.kind) != exchange.kind:
+                raise InvalidInput(
+                    f"exchange {exchange.name!r} is declared as {exchanges[exchange.name]} and as {exchange.kind}"
+                )
         queues = {queue.name for queue in self.queues}
         for binding in self.bindings:
             if binding.exchange not in exchanges:

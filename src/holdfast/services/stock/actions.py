@@ -25,7 +25,7 @@ Shifts = dict[tuple[str, str], tuple[int, int, int]]
 class UnknownSku(Refused):
     """There is no such SKU."""
 
-    code = "unknown_sku"
+    code = "sku_not_found"
 
 
 class HoldMissing(HoldfastError):
