@@ -88,5 +88,8 @@ def _first_line(error: BaseException | None) -> str:
 
 
 def _caused(ours: Exception, cause: Exception) -> Exception:
-    ours.__cause__ = cause
+    """Keep the cause, unless it quotes the whole row that a constraint refused: that may be a buyer's data."""
+    sqlstate = getattr(getattr(cause, "orig", cause), "sqlstate", None) or ""
+    if ours is not cause and (sqlstate == _UNIQUE or not sqlstate.startswith(_INTEGRITY_CLASS)):
+        ours.__cause__ = cause
     return ours

@@ -89,7 +89,7 @@ class Tx:
             return await statement
         except Exception as error:
             self.void = translate(error)
-            raise self.void from error
+            raise self.void from self.void.__cause__
 
     async def _on_driver(self) -> Any:
         if self._driver is None:
