@@ -66,10 +66,10 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 class DatabaseSettings(Section, frozen=True, kw_only=True):
     """`[database]`: where the truth lives."""
 
-    url: str = "sqlite:///holdfast.db"
+    url: str = "sqlite:///holdfast.db"  # or postgresql://user@host/name
     pool_size: Positive = 10  # PostgreSQL connections per process
     readers: Annotated[int, Meta(ge=1, le=64)] = 4  # SQLite read-only connections
-    statement_timeout_ms: Milliseconds = 30_000
+    statement_timeout_ms: Milliseconds = 30_000  # PostgreSQL gives up a statement or lock after this
     batch_max: Positive = 200  # requests one group commit takes at most
     queue_max: Positive = 10_000  # requests waiting for a group commit; more are refused
 
@@ -85,10 +85,10 @@ class MessagingSettings(Section, frozen=True, kw_only=True):
     poll_ms: Annotated[int, Meta(ge=10, le=60_000)] = 1_000  # the guard behind wake-ups
     prefetch: Positive = 200  # deliveries a listener holds at once
     local_tries: Annotated[int, Meta(ge=1, le=20)] = 3  # attempts before a durable, delayed retry
-    local_interval_ms: Milliseconds = 1_000
+    local_interval_ms: Milliseconds = 1_000  # between these attempts
     durable_tries: Annotated[int, Meta(ge=1, le=1_000)] = 10  # delayed rounds before a message is parked
-    durable_interval_ms: Milliseconds = 5_000
-    durable_interval_ms_max: Milliseconds = 300_000
+    durable_interval_ms: Milliseconds = 5_000  # before the first delayed round; doubles each time
+    durable_interval_ms_max: Milliseconds = 300_000  # up to this
     drain_ms: Milliseconds = 10_000  # how long a stop waits for running handlers
 
 
@@ -97,7 +97,7 @@ class OrdersSettings(Section, frozen=True, kw_only=True):
 
     time_out_ms: Annotated[int, Meta(ge=100, le=366 * 86_400_000)] = 1_800_000  # 30 minutes to pay
     sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # the guard behind time-out messages
-    lines_max: Annotated[int, Meta(ge=1, le=500)] = 50
+    lines_max: Annotated[int, Meta(ge=1, le=500)] = 50  # per order
     quantity_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 100  # per line
 
 
@@ -105,8 +105,8 @@ class PaymentsSettings(Section, frozen=True, kw_only=True):
     """`[payments]`: providers and their secrets."""
 
     sandbox: bool = False  # offer the sandbox provider and its pay page; never on a real sale
-    sandbox_secret: Secret = Secret("")
-    merchant_id: str = "holdfast-demo"
+    sandbox_secret: Secret = Secret("")  # signs pay links and notices; at least 16 characters
+    merchant_id: str = "holdfast-demo"  # a notice for another merchant is parked
     notice_tolerance_ms: Milliseconds = 300_000  # age at which a signed notice counts as a replay
     sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # refunds asked for again
 
@@ -114,18 +114,18 @@ class PaymentsSettings(Section, frozen=True, kw_only=True):
 class HttpSettings(Section, frozen=True, kw_only=True):
     """`[http]`: the edge."""
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65_535)] = 8_000
-    token_secret: Secret = Secret("")
-    body_bytes_max: Annotated[int, Meta(ge=1_024, le=10_485_760)] = 65_536
-    request_timeout_ms: Annotated[int, Meta(ge=100, le=600_000)] = 15_000
+    host: str = "127.0.0.1"  # address to listen on
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 8_000  # 0 for a free one
+    token_secret: Secret = Secret("")  # signs bearer tokens; at least 32 bytes
+    body_bytes_max: Annotated[int, Meta(ge=1_024, le=10_485_760)] = 65_536  # larger requests are refused
+    request_timeout_ms: Annotated[int, Meta(ge=100, le=600_000)] = 15_000  # then the answer is 503 outcome_unknown
 
 
 class LogSettings(Section, frozen=True, kw_only=True):
     """`[log]`: what is written to standard error."""
 
-    format: Literal["console", "json"] = "console"
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"  # or json, one object per line
+    level: Literal["debug", "info", "warning", "error"] = "info"  # debug, info, warning or error
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
