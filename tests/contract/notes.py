@@ -87,14 +87,15 @@ async def opened(settings: Settings, clock: Clock | None = None) -> AsyncIterato
 
 
 async def _equipped(system: System) -> System:
-    codec = Codec(TYPES)
-    await system.transport.declare(TOPOLOGY)
-    return msgspec.structs.replace(
-        system,
+    bus, codec = system.messaging, Codec(TYPES)
+    await bus.transport.declare(TOPOLOGY)
+    bus = msgspec.structs.replace(
+        bus,
         codec=codec,
-        outbox=Outbox(sql(system), codec, system.clock, system.ids),
-        publisher=Publisher(system.transport, codec, system.clock, system.ids, RetryPolicy(tries=1)),
+        outbox=Outbox(bus.transport, codec, bus.clock, bus.ids),
+        publisher=Publisher(bus.transport, codec, bus.clock, bus.ids, RetryPolicy(tries=1)),
     )
+    return msgspec.structs.replace(system, messaging=bus)
 
 
 def with_messaging(settings: Settings, **changes: int) -> Settings:
@@ -103,8 +104,15 @@ def with_messaging(settings: Settings, **changes: int) -> Settings:
 
 
 def needs_several_processes(system: System) -> None:
+    """Skip where one process is all there may be."""
     if not system.transport.features.several_processes:
         pytest.skip(f"{system.transport.features.name}: one process by design (Features.several_processes)")
+
+
+def needs_shared_database(system: System) -> None:
+    """Skip where messages do not live in the user's own database."""
+    if not system.transport.features.shares_database:
+        pytest.skip(f"{system.transport.features.name}: not in the user's database (Features.shares_database)")
 
 
 # -- sending and taking -----------------------------------------------------------------------------------------------
@@ -263,13 +271,6 @@ async def pass_time(system: System, clock: ManualClock, seconds: float) -> None:
 # -- the database behind it -------------------------------------------------------------------------------------------
 
 
-def sql(system: System) -> SqlTransport:
-    """The transport in the user's own database; skips where there is none."""
-    if not isinstance(system.transport, SqlTransport):
-        pytest.skip(f"{system.transport.features.name}: messages do not live in the user's database")
-    return system.transport
-
-
 class _Undo(Exception):
     """Ends a transaction that must not commit."""
 
@@ -334,6 +335,7 @@ _ledger = Table(
     Column("id", Integer, primary_key=True),
     Column("text", Text, CheckConstraint("text <> 'refused by the database'", name="ck_test_ledger_text")),
 )
+_keys = Table("test_key", _metadata, Column("key", Text, primary_key=True))
 
 
 class Ledger:
@@ -353,6 +355,11 @@ class Ledger:
     async def write(tx: Tx, notes: Sequence[Note]) -> None:
         """The effect itself."""
         await tx.execute(insert(_ledger), [{"text": each.text} for each in notes])
+
+    @staticmethod
+    async def write_once(tx: Tx, key: str) -> None:
+        """An effect with a business key, which the database refuses the second time."""
+        await tx.execute(insert(_keys), [{"key": key}])
 
     async def entries(self) -> list[str]:
         """Every effect that happened, in order."""

@@ -10,9 +10,10 @@ import pytest
 
 from holdfast import observe
 from holdfast.db.database import Tx
-from holdfast.errors import Conflict, InvalidInput, PublishRejected, Unavailable
+from holdfast.errors import InvalidInput, PublishRejected, Unavailable
 from holdfast.messaging.listener import Incoming, Listen
 from holdfast.messaging.message import ack, retry
+from holdfast.messaging.outbox import Draft
 from holdfast.messaging.retry import Reject, Retry, RetryPolicy
 from holdfast.messaging.topology import Binding, Queue, Topology
 from holdfast.settings import Settings
@@ -417,7 +418,7 @@ async def test_one_poison_message_does_not_harm_its_fifty_neighbours(start_syste
     await counts_become(system, (0, 0, 0))
     assert await ledger.entries() == good
     assert largest == 51  # they did stand in one batch
-    assert alone == 2 * 3
+    assert alone >= 2 * 3  # each try is one more look at it alone, or beside a request that is no message
     assert kept.attempt == 3
     assert kept.reason.startswith("Sick: poison")
 
@@ -440,29 +441,27 @@ async def test_a_message_that_finds_a_neighbour_away_does_not_hold_up_the_others
 
 
 async def test_a_message_that_runs_into_a_taken_key_does_not_hold_up_the_others(start_system: StartSystem) -> None:
-    """A unique key that is taken stays taken: trying the batch again and again only keeps everybody else waiting."""
-    clock = manual_clock()
-    system = await office(start_system, clock=clock)
+    """A key that is taken stays taken: to decide the batch with it again and again keeps the whole process waiting."""
+    system = await office(start_system)
     ledger = await Ledger.of(system)
+    looks = 0
 
     async def effect(tx: Tx, notes: Sequence[Note]) -> None:
+        nonlocal looks
+        looks += Note("poison") in notes
         await ledger.write(tx, notes)
         if Note("poison") in notes:
-            raise Conflict("a unique key is taken")
+            await ledger.write_once(tx, "taken")
 
+    async with system.database.transaction() as tx:
+        await ledger.write_once(tx, "taken")
     good = [str(number) for number in range(20)]
     await send(system, *good[:10], "poison", *good[10:])
-    listener = system.listen(effectively(effect))
-    started = clock.monotonic()
-
-    async def done() -> bool:
-        clock.advance(0.005)
-        return len(await ledger.entries()) == len(good) and len(await parked_messages(system)) == 1
-
-    await eventually(done, "the good ones took effect and the poison is parked")
-    waited_s = clock.monotonic() - started
-    await listener.stop()
-    assert waited_s < 2
+    system.listen(effectively(effect))
+    (kept,) = await parks(system)
+    assert "unique" in kept.reason
+    assert await ledger.entries() == good
+    assert looks <= 12  # 21 are split five times until the poison is alone: two looks at each size are plenty
 
 
 async def test_an_error_with_a_constructor_of_its_own_does_not_stop_the_writer(settings: Settings) -> None:
@@ -641,7 +640,8 @@ async def test_what_an_effect_sends_continues_the_trace_of_its_message(start_sys
 
     async def effect(tx: Tx, notes: Sequence[Note]) -> None:
         for each in notes:
-            await system.outbox.add(tx, EXCHANGE, KEY, Memo(each.text))
+            draft = Draft(exchange=EXCHANGE, routing_key=KEY, body=Memo(each.text), trace=tx.trace_of(each))
+            await system.outbox.add_all(tx, [draft])
 
     async def handle(incoming: Incoming) -> None:
         traces.append(incoming.delivery.message.headers.get("traceparent", "no trace"))

@@ -38,6 +38,7 @@ from tests.contract.notes import (
     counts,
     effectively,
     needs_several_processes,
+    needs_shared_database,
     note,
     office,
     opened,
@@ -45,7 +46,6 @@ from tests.contract.notes import (
     publish,
     raw,
     send,
-    sql,
     take,
     texts,
 )
@@ -196,7 +196,7 @@ class RepliesLost:
 
 async def test_a_lost_confirm_is_unconfirmed_and_publishing_again_has_one_effect(start_system: StartSystem) -> None:
     system = await office(start_system)
-    sql(system)
+    needs_shared_database(system)
     ledger = await Ledger.of(system)
     database = RepliesLost(system.database)
     group = GroupCommit(database, system.clock)

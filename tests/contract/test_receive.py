@@ -22,6 +22,7 @@ from tests.contract.notes import (
     hear_each_other,
     manual_clock,
     needs_several_processes,
+    needs_shared_database,
     note,
     office,
     opened,
@@ -146,8 +147,7 @@ async def test_a_delivery_is_settled_once(start_system: StartSystem) -> None:
 
 async def test_a_settlement_in_a_transaction_counts_with_its_commit(start_system: StartSystem) -> None:
     system = await office(start_system)
-    if not system.transport.features.shares_database:
-        pytest.skip("messages do not live in the user's database")
+    needs_shared_database(system)
     await send(system, "done")
     async with system.transport.subscribe(QUEUE, prefetch=1) as subscription:
         (delivery,) = await take(subscription)

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from holdfast import bootstrap
 from holdfast.audit import audit
 from holdfast.bootstrap import System
-from holdfast.clock import US_PER_S, ManualClock, SystemClock
+from holdfast.clock import US_PER_S, ManualClock
 from holdfast.errors import HoldfastError, InvalidInput, Unavailable
 from holdfast.messaging.tables import messages
 from holdfast.services.contracts import topology
@@ -834,63 +834,88 @@ class TestCancelling:
         await clean(system)
 
 
+class Deadline:
+    """Passes after so many looks of those who race, wherever the others are by then."""
+
+    def __init__(self, clock: ManualClock, after: int) -> None:
+        self._clock = clock
+        self._after = after
+        self.passed = asyncio.Event()
+
+    def come_nearer(self) -> None:
+        self._after -= 1
+        if self._after == 0:  # later looks bring it no nearer
+            self._clock.advance(0.001)
+            self.passed.set()
+
+
 class TestRaces:
     @pytest.mark.parametrize("seed", [1, 2, 3])
     async def test_of_pay_cancel_and_expire_exactly_one_wins(
         self, start_system: StartSystem, settings: Settings, clock: ManualClock, seed: int
     ) -> None:
         chance = random.Random(seed)
-        passed = asyncio.Event()
         system = await start_system(clock=clock)
         await stock_up(system, "SKU-1", 50)
-        views = [await order(system, f"buyer-{number}") for number in range(50)]
-        clock.advance(TIME_OUT_S - 0.001)
+        views: list[OrderView] = []
+        paid: list[str] = []
+        cancelled: list[str] = []
 
-        def moment(until_ms: int) -> float:
-            return chance.uniform(0, until_ms) / 1_000
+        async def look_first(view: OrderView, buyer: str, deadline: Deadline) -> None:
+            """Be late by some reads, so that now one and now another comes first, however fast the machine is."""
+            for _ in range(chance.randrange(6)):
+                await system.orders.get(int(view.id), buyer)
+                deadline.come_nearer()
 
-        late = SystemClock().sleep  # spreads the starts over several group commits; nothing is waited for
-
-        async def the_deadline(after_s: float) -> None:
-            await late(after_s)
-            clock.advance(0.001)
-            passed.set()
-
-        async def buyer_pays(view: OrderView, after_s: float) -> str:
-            await late(after_s)
+        async def pays(view: OrderView, buyer: str, deadline: Deadline) -> str:
+            await look_first(view, buyer, deadline)
             try:
                 await pay(system, view)
             except TradeClosed:
                 return "refused"
             return "paid"
 
-        async def buyer_cancels(view: OrderView, buyer: str, after_s: float) -> str:
-            await late(after_s)
+        async def cancels(view: OrderView, buyer: str, deadline: Deadline) -> str:
+            await look_first(view, buyer, deadline)
             try:
                 await system.orders.cancel(int(view.id), buyer)
             except NotCancellable:
                 return "refused"
             return "cancelled"
 
-        async def expires(view: OrderView, after_s: float) -> None:
-            await late(after_s)
+        async def expires(view: OrderView, buyer: str, deadline: Deadline) -> None:
+            await look_first(view, buyer, deadline)
             if await system.orders.expire(int(view.id)) is Expiry.EARLY:
-                await passed.wait()
+                await deadline.passed.wait()
                 assert await system.orders.expire(int(view.id)) is not Expiry.EARLY
 
-        paid, cancelled, _, _ = await asyncio.gather(
-            asyncio.gather(*(buyer_pays(view, moment(60)) for view in views)),
-            asyncio.gather(*(buyer_cancels(view, f"buyer-{number}", moment(90)) for number, view in enumerate(views))),
-            asyncio.gather(*(expires(view, moment(90)) for view in views)),
-            the_deadline(0.045),
-        )
+        async def looks(visits: list[tuple[OrderView, str]], deadline: Deadline) -> None:
+            """Somebody who only looks, so that the deadline comes whatever the others do."""
+            while not deadline.passed.is_set():
+                await look_first(*visits[0], deadline)
+
+        for wave in range(10):
+            buyers = [f"buyer-{wave}-{number}" for number in range(5)]
+            wave_views = [await order(system, buyer) for buyer in buyers]
+            clock.advance(TIME_OUT_S - 0.001)
+            deadline = Deadline(clock, after=chance.randrange(1, 40))
+            visits = list(zip(wave_views, buyers, strict=True))
+            wave_paid, wave_cancelled, _, _ = await asyncio.gather(
+                asyncio.gather(*(pays(*visit, deadline) for visit in visits)),
+                asyncio.gather(*(cancels(*visit, deadline) for visit in visits)),
+                asyncio.gather(*(expires(*visit, deadline) for visit in visits)),
+                looks(visits, deadline),
+            )
+            views += wave_views
+            paid += wave_paid
+            cancelled += wave_cancelled
 
         await clean_in_time(system, clock)
         logged = await rows(system, "SELECT order_id FROM order_log WHERE to_status <> 'pending_payment'")
         assert sorted(row["order_id"] for row in logged) == sorted(int(view.id) for view in views)
         ends = Counter[OrderStatus]()
         for number, view in enumerate(views):
-            end = await status(system, view, f"buyer-{number}")
+            end = await status(system, view, f"buyer-{number // 5}-{number % 5}")
             ends[end] += 1
             expected = {
                 OrderStatus.PAID: ("paid", "refused"),

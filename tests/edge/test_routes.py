@@ -1,0 +1,619 @@
+"""Every route as its users see it: what it answers, with which headers, and what is true afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import msgspec
+import pytest
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.parser import text_string_to_metric_families
+
+from holdfast import observe
+from holdfast.edge.http.app import build_app
+from holdfast.services.contracts import topology
+from holdfast.services.orders.model import OrderStatus
+from holdfast.services.payments.sandbox import SIGNATURE_HEADER
+from tests.conftest import StartSystem, eventually
+from tests.edge.counter import (
+    PROBLEM,
+    SANDBOX_SECRET,
+    TOKEN_SECRET,
+    Counter,
+    facing,
+    fill,
+    refused,
+    requests_counted,
+    serving,
+    settings_on,
+    view_of,
+)
+from tests.servers.postgres import PostgresServer, require_postgres
+from tests.shop import PRICE_MINOR, becomes, clean, count, level, level_becomes, probe, rows
+
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
+LONG = 100_000
+
+
+# --- Orders -----------------------------------------------------------------------------------------------------------
+
+
+async def test_placing_answers_201_with_the_order_and_where_it_is(counter: Counter) -> None:
+    answer = await counter.place("ann", quantity=2)
+    assert answer.status_code == 201
+    assert answer.headers["content-type"] == "application/json"
+    assert "idempotent-replayed" not in answer.headers
+    body = answer.json()
+    assert list(body) == ["id", "status", "amountMinor", "currency", "lines", "createdAt", "payBy", "payment"]
+    assert answer.headers["location"] == f"/v1/orders/{body['id']}"
+    assert (body["status"], body["amountMinor"], body["currency"]) == ("pending_payment", 2 * PRICE_MINOR, "CNY")
+    assert body["lines"] == [{"sku": "SKU-1", "quantity": 2, "priceMinor": PRICE_MINOR}]
+    assert list(body["payment"]) == ["id", "provider", "payUrl"]
+    instant = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+    assert instant.fullmatch(body["createdAt"])
+    assert instant.fullmatch(body["payBy"])
+    read = await counter.ask("GET", answer.headers["location"], counter.bearer("ann"))
+    assert (read.status_code, read.headers["content-type"]) == (200, "application/json")
+    assert read.content == answer.content
+
+
+async def test_the_same_key_gives_the_same_bytes_marked_as_replayed_whatever_became_of_the_order(
+    counter: Counter,
+) -> None:
+    first = await counter.place("ann")
+    for _ in range(2):
+        again = await counter.place("ann")
+        assert (again.status_code, again.content) == (201, first.content)
+        assert (again.headers["location"], again.headers["idempotent-replayed"]) == (first.headers["location"], "true")
+    await counter.ask("POST", f"{first.headers['location']}/cancel", counter.bearer("ann"))
+    assert (await counter.place("ann")).content == first.content
+    assert await count(counter.system, "SELECT id FROM orders_order") == 1
+
+
+async def test_a_double_click_places_one_order(counter: Counter) -> None:
+    answers = await asyncio.gather(*(counter.place("ann") for _ in range(8)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.content for answer in answers}) == 1
+    assert sum("idempotent-replayed" not in answer.headers for answer in answers) == 1
+    assert (await level(counter.system)).held == 1
+
+
+async def test_two_buyers_may_choose_the_same_key(counter: Counter) -> None:
+    answers = [await counter.place(buyer) for buyer in ("ann", "bob")]
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert ["idempotent-replayed" in answer.headers for answer in answers] == [False, False]
+    assert len({answer.headers["location"] for answer in answers}) == 2
+
+
+@on_sqlite
+@pytest.mark.parametrize("key", ["k", "~" * 128, "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"])
+async def test_any_printable_key_of_1_to_128_characters_is_taken(counter: Counter, key: str) -> None:
+    assert (await counter.place("ann", key=key)).status_code == 201
+    assert (await counter.place("ann", key=key)).headers["idempotent-replayed"] == "true"
+
+
+@on_sqlite
+async def test_a_body_in_chunks_is_taken(counter: Counter) -> None:
+    async def pieces() -> Any:
+        for byte in b'{"lines":[{"sku":"SKU-1","quantity":1}]}':
+            yield bytes([byte])
+
+    headers = counter.bearer("ann") | {"idempotency-key": "key-1"}
+    answer = await counter.client.post("/v1/orders", headers=headers, content=pieces())
+    assert answer.status_code == 201
+
+
+@on_sqlite
+async def test_of_a_doubled_field_the_last_one_counts_and_the_answer_says_so(counter: Counter) -> None:
+    body = b'{"lines":[{"sku":"SKU-1","quantity":1}],"lines":[{"sku":"SKU-2","quantity":3,"quantity":2}]}'
+    headers = counter.bearer("ann") | {"idempotency-key": "key-1"}
+    placed = view_of(await counter.ask("POST", "/v1/orders", headers, content=body))
+    assert [(line.sku, line.quantity) for line in placed.lines] == [("SKU-2", 2)]
+    assert (await level(counter.system, "SKU-2")).held == 2
+    assert (await level(counter.system, "SKU-1")).held == 0
+
+
+async def test_cancelling_answers_the_cancelled_order_and_gives_its_units_back(counter: Counter) -> None:
+    placed = await counter.place("ann")
+    for _ in range(2):  # cancelling again does no harm
+        answer = await counter.ask("POST", f"{placed.headers['location']}/cancel", counter.bearer("ann"))
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+        assert answer.json()["status"] == "cancelled"
+        assert "payUrl" not in {key: value for key, value in answer.json()["payment"].items() if value is not None}
+    await level_becomes(counter.system, available=40, held=0, sold=0)
+    await clean(counter.system)
+
+
+@on_sqlite
+async def test_cancelling_takes_no_notice_of_a_body(counter: Counter) -> None:
+    placed = await counter.place("ann")
+    body = {"status": "paid", "buyer": "bob", "amountMinor": 0}
+    answer = await counter.ask("POST", f"{placed.headers['location']}/cancel", counter.bearer("ann"), body=body)
+    expected = placed.json()
+    assert answer.json() == expected | {"status": "cancelled", "payment": answer.json()["payment"]}
+
+
+@on_sqlite
+async def test_a_paid_order_is_not_cancelled(counter: Counter) -> None:
+    placed = await counter.place("ann")
+    await pay(counter, placed)
+    await becomes(counter.system, view_of(placed), OrderStatus.PAID)
+    answer = await counter.ask("POST", f"{placed.headers['location']}/cancel", counter.bearer("ann"))
+    refused(answer, 409, "order_not_cancellable")
+
+
+# --- Payments ---------------------------------------------------------------------------------------------------------
+
+
+async def pay(counter: Counter, placed: httpx.Response) -> httpx.Response:
+    """Pay an order by its link and post the notice."""
+    notice = (await counter.ask("POST", placed.json()["payment"]["payUrl"])).json()
+    return await counter.notify(notice["body"].encode(), notice["signature"])
+
+
+async def test_paying_and_the_notice_make_the_order_paid_once(counter: Counter) -> None:
+    placed = await counter.place("ann", quantity=3)
+    paid = await counter.ask("POST", placed.json()["payment"]["payUrl"])
+    assert (paid.status_code, paid.headers["content-type"]) == (200, "application/json")
+    assert list(paid.json()) == ["body", "signature"]
+    for _ in range(3):
+        answer = await counter.notify(paid.json()["body"].encode(), paid.json()["signature"])
+        assert (answer.status_code, answer.content) == (200, b"success")
+        assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    await becomes(counter.system, view_of(placed), OrderStatus.PAID)
+    await level_becomes(counter.system, available=37, held=0, sold=3)
+    assert await count(counter.system, "SELECT event_id FROM payment_notice") == 1
+    read = await counter.ask("GET", placed.headers["location"], counter.bearer("ann"))
+    assert read.json()["payment"].get("payUrl") is None
+    await clean(counter.system)
+
+
+async def test_paying_again_by_the_same_link_tells_of_the_same_trade(counter: Counter) -> None:
+    placed = await counter.place("ann")
+    notices = [(await counter.ask("POST", placed.json()["payment"]["payUrl"])).json() for _ in range(2)]
+    assert notices[0]["body"] == notices[1]["body"]
+
+
+@on_sqlite
+async def test_an_order_as_dear_as_can_be_placed_can_be_paid(counter: Counter) -> None:
+    price = 1_000_000_000_000  # the highest price of a unit
+    body = {"title": "Dear", "priceMinor": price, "currency": "CNY"}
+    assert (await counter.ask("PUT", "/v1/skus/SKU-1", counter.staff(), body=body)).status_code == 200
+    placed = await counter.place("ann", quantity=2)
+    assert placed.json()["amountMinor"] == 2 * price
+    answer = await pay(counter, placed)
+    assert (answer.status_code, answer.text) == (200, "success")
+    await becomes(counter.system, view_of(placed), OrderStatus.PAID)
+
+
+# --- Stock ------------------------------------------------------------------------------------------------------------
+
+
+async def test_anybody_may_ask_how_many_are_left_over_all_warehouses(counter: Counter) -> None:
+    receipt = {"sku": "SKU-1", "quantity": 2, "warehouse": "north"}
+    await counter.ask("POST", "/v1/stocks/receipts", counter.staff() | {"idempotency-key": "r-1"}, body=receipt)
+    await counter.place("ann", quantity=5)
+    answer = await counter.ask("GET", "/v1/stocks/SKU-1")
+    assert (answer.status_code, answer.json()) == (200, {"sku": "SKU-1", "available": 37})
+    assert answer.headers["content-type"] == "application/json"
+
+
+async def test_staff_reads_all_levels(counter: Counter) -> None:
+    await counter.place("ann", quantity=5)
+    answer = await counter.ask("GET", "/v1/stocks", counter.staff())
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    assert [each["sku"] for each in answer.json()] == ["SKU-1", "SKU-2", "SKU-EUR"]
+    assert answer.json()[0] == {
+        "sku": "SKU-1",
+        "warehouse": "main",
+        "available": 35,
+        "held": 5,
+        "sold": 0,
+        "total": 40,
+    }
+
+
+async def test_a_changed_price_goes_for_later_orders_only(counter: Counter) -> None:
+    before = await counter.place("ann", key="before")
+    sku = {"sku": "SKU-1", "title": "Ticket ☂ 票", "priceMinor": 2_500, "currency": "EUR"}
+    body = {name: value for name, value in sku.items() if name != "sku"}
+    for _ in range(2):  # again changes nothing
+        answer = await counter.ask("PUT", "/v1/skus/SKU-1", counter.staff(), body=body)
+        assert (answer.status_code, answer.json()) == (200, sku)
+    after = await counter.place("ann", key="after")
+    assert (after.json()["amountMinor"], after.json()["currency"]) == (2_500, "EUR")
+    read = await counter.ask("GET", before.headers["location"], counter.bearer("ann"))
+    assert (read.json()["amountMinor"], read.json()["currency"]) == (PRICE_MINOR, "CNY")
+
+
+async def test_a_receipt_counts_once_by_its_key(counter: Counter) -> None:
+    receipt = {"sku": "SKU-BARE", "quantity": 7}
+    headers = counter.staff() | {"idempotency-key": "delivery-1"}
+    for _ in range(3):
+        answer = await counter.ask("POST", "/v1/stocks/receipts", headers, body=receipt)
+        assert (answer.status_code, answer.headers["content-type"]) == (201, "application/json")
+        assert [(each["warehouse"], each["total"]) for each in answer.json()] == [("main", 7)]
+    more = headers | {"idempotency-key": "delivery-2"}
+    answer = await counter.ask("POST", "/v1/stocks/receipts", more, body=receipt | {"warehouse": "north"})
+    assert [(each["warehouse"], each["total"]) for each in answer.json()] == [("main", 7), ("north", 7)]
+    booked = await rows(counter.system, "SELECT actor FROM stock_ledger WHERE sku = 'SKU-BARE'")
+    assert booked == [{"actor": "boss"}, {"actor": "boss"}]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sku": "SKU-1", "quantity": 8},
+        {"sku": "SKU-1", "quantity": 7, "warehouse": "north"},
+        {"sku": "SKU-2", "quantity": 7},
+        {"sku": "SKU-BARE", "quantity": 7},
+    ],
+    ids=["quantity", "warehouse", "sku", "sku without stock"],
+)
+async def test_a_receipts_key_used_for_another_receipt_is_refused_and_books_nothing(
+    counter: Counter, other: dict[str, Any]
+) -> None:
+    headers = counter.staff() | {"idempotency-key": "delivery-1"}
+    first = await counter.ask("POST", "/v1/stocks/receipts", headers, body={"sku": "SKU-1", "quantity": 7})
+    assert first.status_code == 201
+    async with counter.unchanged():
+        answer = await counter.ask("POST", "/v1/stocks/receipts", headers, body=other)
+    refused(answer, 422, "idempotency_key_reused")
+
+
+@on_sqlite
+@pytest.mark.parametrize("sku", ["receipts", "cancel", "sandbox", "v1", "1", "a" * 64, "a.b:c_d-e"])
+async def test_every_code_can_be_sold_and_asked_for(counter: Counter, sku: str) -> None:
+    body = {"title": "Odd name", "priceMinor": 5, "currency": "CNY"}
+    assert (await counter.ask("PUT", f"/v1/skus/{sku}", counter.staff(), body=body)).status_code == 200
+    receipt = counter.staff() | {"idempotency-key": "r-1"}
+    body = {"sku": sku, "quantity": 1}
+    assert (await counter.ask("POST", "/v1/stocks/receipts", receipt, body=body)).status_code == 201
+    assert (await counter.place("ann", sku=sku)).status_code == 201
+    answer = await counter.ask("GET", f"/v1/stocks/{sku}")
+    assert (answer.status_code, answer.json()) == (200, {"sku": sku, "available": 0})
+
+
+# --- Refusals that a good client meets --------------------------------------------------------------------------------
+
+
+async def test_refusals_by_rule_say_why_and_change_nothing(idle: Counter) -> None:
+    await idle.place("ann", key="used")
+    async with idle.unchanged():
+        refused(await idle.place("ann", key="used", quantity=2), 422, "idempotency_key_reused")
+        refused(await idle.place("ann", sku="SKU-9"), 422, "unknown_sku")
+        refused(await idle.place("ann", sku="SKU-BARE"), 409, "sold_out")
+        assert "39" in refused(await idle.place("ann", quantity=40), 409, "sold_out")
+        lines = [{"sku": "SKU-1", "quantity": 1}, {"sku": "SKU-EUR", "quantity": 1}]
+        headers = idle.bearer("ann") | {"idempotency-key": "mixed"}
+        refused(await idle.ask("POST", "/v1/orders", headers, body={"lines": lines}), 422, "mixed_currencies")
+        refused(await idle.ask("GET", "/v1/stocks/SKU-9"), 404, "unknown_sku")
+        headers = idle.staff() | {"idempotency-key": "r-9"}
+        body = {"sku": "SKU-9", "quantity": 1, "warehouse": "new"}
+        refused(await idle.ask("POST", "/v1/stocks/receipts", headers, body=body), 404, "unknown_sku")
+
+
+async def test_no_token_is_answered_with_how_to_sign_in(idle: Counter) -> None:
+    body = {"lines": [{"sku": "SKU-1", "quantity": 1}]}
+    hot = await idle.ask("POST", "/v1/orders", {"idempotency-key": "key-1"}, body=body)
+    cold = await idle.ask("GET", "/v1/orders/1")
+    assert "Authorization: Bearer" in refused(hot, 401, "unauthorized")
+    assert hot.json() == cold.json()
+    assert hot.headers["www-authenticate"] == cold.headers["www-authenticate"] == "Bearer"
+
+
+# --- Health, metrics, schema ------------------------------------------------------------------------------------------
+
+
+async def test_a_healthy_process_is_live_and_ready(counter: Counter) -> None:
+    for path in ("/healthz/live", "/healthz/ready"):
+        answer = await counter.ask("GET", path)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        assert answer.headers["content-type"] == "application/json"
+
+
+@on_sqlite
+async def test_metrics_come_with_the_content_type_that_prometheus_reads(counter: Counter) -> None:
+    answer = await counter.ask("GET", "/metrics")
+    assert answer.status_code == 200
+    # A parameter that stands twice makes the header unreadable for Prometheus 3, and the scrape fails.
+    assert answer.headers["content-type"] == CONTENT_TYPE_LATEST
+
+
+async def metrics(counter: Counter) -> dict[str, float]:
+    """All samples as `name{label="value"}` -> value."""
+    answer = await counter.ask("GET", "/metrics")
+    return {
+        f"{sample.name}{json.dumps(sample.labels, sort_keys=True)}": sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+async def test_metrics_show_the_size_of_group_commits_and_how_long_requests_waited(idle: Counter) -> None:
+    name = json.dumps({"name": "main"})
+    before = await metrics(idle)
+    answers = await asyncio.gather(*(idle.place(f"buyer-{number}") for number in range(20)))
+    assert {answer.status_code for answer in answers} == {201}
+    after = await metrics(idle)
+    grown = {key: after[key] - before.get(key, 0.0) for key in after}
+    assert grown[f"holdfast_group_commit_batch_size_sum{name}"] == 20
+    assert 1 <= grown[f"holdfast_group_commit_batch_size_count{name}"] <= 20
+    assert grown[f"holdfast_group_commit_wait_seconds_count{name}"] == 20
+    assert grown[f"holdfast_group_commit_wait_seconds_sum{name}"] >= 0
+    most = json.dumps({"le": "+Inf", "name": "main"})
+    assert grown[f"holdfast_group_commit_batch_size_bucket{most}"] >= 1
+    placed = json.dumps({"route": "/v1/orders", "status": "201"})
+    assert grown[f"holdfast_http_requests_total{placed}"] == 20
+    assert grown[f"holdfast_orders_moved_total{json.dumps({'state': 'pending_payment'})}"] == 20
+
+
+@on_sqlite
+async def test_what_strangers_write_in_paths_becomes_no_label(idle: Counter) -> None:
+    counted = requests_counted()
+    paths = ["/canary", "/v1/orders/canary", "/v1/stocks/canary", "/sandbox/pay/canary", "/v1/notices/canary"]
+    for path in paths:
+        for method in ("GET", "POST", "PUT", "DELETE"):
+            await idle.ask(method, path, idle.bearer("canary"))
+    assert requests_counted() - counted == 4 * len(paths)
+    assert "canary" not in (await idle.ask("GET", "/metrics")).text
+
+
+@on_sqlite
+async def test_the_openapi_document_names_every_route(idle: Counter) -> None:
+    answer = await idle.ask("GET", "/schema/openapi.json")
+    assert answer.status_code == 200
+    document = answer.json()
+    named = {(method.upper(), path) for path, verbs in document["paths"].items() for method in verbs}
+    hot: Any = build_app(idle.system)
+    routed = {(method, path) for method, path in hot._app._routes}
+    routed |= {
+        (method, route.path_format)
+        for route in hot._app._app.routes
+        for method in route.methods - {"OPTIONS"}
+        if not route.path_format.startswith(("/schema", "/healthz", "/metrics"))
+    }
+    assert routed - named == set()
+
+
+# --- Traces -----------------------------------------------------------------------------------------------------------
+
+
+async def watched(counter: Counter) -> None:
+    """Keep a copy of every message."""
+    for exchange in (topology.ORDER_EVENTS, topology.STOCK_EVENTS):
+        await probe(counter.system, exchange, "#")
+
+
+async def traces(counter: Counter, routing_key: str) -> list[str]:
+    """The traceparents of the messages of a routing key."""
+    found = await rows(
+        counter.system,
+        "SELECT headers FROM hf_message WHERE routing_key = :routing_key ORDER BY id",
+        routing_key=routing_key,
+    )
+    return [msgspec.json.decode(row["headers"], type=dict[str, str]).get("traceparent", "") for row in found]
+
+
+@pytest.mark.parametrize("routing_key", [topology.KEY_ORDER_CREATE, topology.KEY_ORDER_DUE, topology.KEY_STOCK_LOCKED])
+async def test_the_trace_of_placing_is_in_the_orders_messages(idle: Counter, routing_key: str) -> None:
+    await watched(idle)
+    answer = await idle.place("ann", headers={"traceparent": TRACEPARENT})
+    assert answer.status_code == 201
+    found = await traces(idle, routing_key)
+    assert found
+    assert set(found) == {TRACEPARENT}
+
+
+async def test_orders_of_one_batch_keep_their_own_traces(idle: Counter) -> None:
+    sent = {f"buyer-{number}": f"00-{number + 1:032x}-{number + 1:016x}-01" for number in range(12)}
+    await asyncio.gather(*(idle.place(buyer, headers={"traceparent": trace}) for buyer, trace in sent.items()))
+    assert sorted(await traces(idle, topology.KEY_ORDER_DUE)) == sorted(sent.values())
+
+
+async def test_the_trace_of_cancelling_is_in_the_orders_last_message(idle: Counter) -> None:
+    await watched(idle)
+    placed = await idle.place("ann")
+    headers = idle.bearer("ann") | {"traceparent": TRACEPARENT}
+    answer = await idle.ask("POST", f"{placed.headers['location']}/cancel", headers)
+    assert answer.status_code == 200
+    assert set(await traces(idle, topology.KEY_ORDER_CLOSED)) == {TRACEPARENT}
+
+
+async def test_the_trace_of_a_notice_is_in_the_message_it_causes(idle: Counter) -> None:
+    placed = await idle.place("ann")
+    notice = (await idle.ask("POST", placed.json()["payment"]["payUrl"])).json()
+    headers = {SIGNATURE_HEADER: notice["signature"], "traceparent": TRACEPARENT}
+    answer = await idle.ask("POST", "/v1/notices/sandbox", headers, content=notice["body"].encode())
+    assert answer.status_code == 200
+    assert await traces(idle, topology.KEY_PAY_SUCCESS) == [TRACEPARENT]
+
+
+NO_TRACE = {
+    "none": None,
+    "empty": "",
+    "words": "hello",
+    "zero trace": f"00-{'0' * 32}-b7ad6b7169203331-01",
+    "zero span": f"00-{TRACE}-{'0' * 16}-01",
+    "version ff": f"ff-{TRACE}-b7ad6b7169203331-01",
+    "capitals": TRACEPARENT.upper(),
+    "cut off": TRACEPARENT[:-1],
+    "too long": TRACEPARENT + "-x",
+    "two": f"{TRACEPARENT},{TRACEPARENT}",
+}
+
+
+@on_sqlite
+@pytest.mark.parametrize("sent", NO_TRACE.values(), ids=NO_TRACE)
+async def test_without_a_usable_traceparent_each_request_begins_a_trace(idle: Counter, sent: str | None) -> None:
+    headers = {} if sent is None else {"traceparent": sent, "tracestate": "canary=1"}
+    for number in range(2):
+        assert (await idle.place("ann", key=f"key-{number}", headers=headers)).status_code == 201
+    found = await traces(idle, topology.KEY_ORDER_DUE)
+    assert len(found) == 2
+    for trace in found:
+        assert re.fullmatch(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", trace)
+    assert len({trace.split("-")[1] for trace in [*found, TRACEPARENT]}) == 3
+    assert await count(idle.system, "SELECT id FROM hf_message WHERE headers LIKE '%canary%'") == 0
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"traceparent": TRACEPARENT, "tracestate": "canary=" + "x" * LONG},
+        {"traceparent": f"01-{TRACE}-b7ad6b7169203331-01-" + "x" * LONG},
+    ],
+    ids=["tracestate", "traceparent of a later version"],
+)
+async def test_an_endless_trace_header_is_not_stored_with_every_message(idle: Counter, sent: dict[str, str]) -> None:
+    assert (await idle.place("ann", headers=sent)).status_code == 201
+    stored = await rows(idle.system, "SELECT headers FROM hf_message")
+    assert max(len(row["headers"]) for row in stored) < 2_000
+
+
+# --- When it cannot be done now ---------------------------------------------------------------------------------------
+
+
+async def test_while_postgresql_is_away_requests_get_503_and_afterwards_their_answers() -> None:
+    require_postgres()
+    with PostgresServer() as server:
+        async with serving(settings_on(server.url(server.create_database()))) as counter:
+            await fill(counter.system)
+            before = await counter.place("ann", key="before")
+            notice = (await counter.ask("POST", before.json()["payment"]["payUrl"])).json()
+            assert (await counter.ask("GET", "/healthz/ready")).status_code == 200
+            server.crash()
+            refused(await counter.ask("GET", "/healthz/ready"), 503, "unavailable")
+            assert (await counter.ask("GET", "/healthz/live")).status_code == 200
+            meanwhile = [
+                await counter.place("ann", key="meanwhile"),
+                await counter.ask("GET", before.headers["location"], counter.bearer("ann")),
+                await counter.ask("POST", f"{before.headers['location']}/cancel", counter.bearer("ann")),
+                await counter.ask("GET", "/v1/stocks/SKU-1"),
+                await counter.notify(notice["body"].encode(), notice["signature"]),
+            ]
+            for answer in meanwhile:
+                detail = refused(answer, 503, answer.json()["code"])
+                assert answer.json()["code"] in {"unavailable", "outcome_unknown"}
+                assert "success" not in detail
+            server.restart()
+
+            async def ready() -> bool:
+                return (await counter.ask("GET", "/healthz/ready")).status_code == 200
+
+            await eventually(ready, "the process is ready again")
+            placed = [await counter.place("ann", key="meanwhile") for _ in range(2)]
+            assert [answer.status_code for answer in placed] == [201, 201]
+            assert placed[0].content == placed[1].content
+            assert await count(counter.system, "SELECT id FROM orders_order") == 2
+            told = await counter.notify(notice["body"].encode(), notice["signature"])
+            assert (told.status_code, told.text) == (200, "success")
+
+
+async def test_a_stranger_does_not_learn_where_the_database_is() -> None:
+    require_postgres()
+    with PostgresServer() as server:
+        async with serving(settings_on(server.url(server.create_database()))) as counter:
+            server.crash()
+            for _ in range(2):  # the first call finds dead connections, the second cannot make new ones
+                answer = await counter.ask("GET", "/v1/stocks/SKU-1")
+                detail = refused(answer, 503, "unavailable")
+                assert str(server.port) not in detail
+                assert "127.0.0.1" not in detail
+                assert "Errno" not in detail
+
+
+@on_sqlite
+async def test_when_too_many_wait_further_requests_are_told_to_come_again(
+    start_system: StartSystem, tmp_path: Path
+) -> None:
+    settings = settings_on(f"sqlite:///{tmp_path}/small.db")
+    settings = msgspec.structs.replace(settings, database=msgspec.structs.replace(settings.database, queue_max=2))
+    system = await start_system(settings, work=False)
+    await fill(system)
+    async with facing(system) as counter:
+        async with system.database.transaction():  # nothing can be decided meanwhile
+            asked = [asyncio.create_task(counter.place(f"buyer-{number}")) for number in range(12)]
+
+            async def refused_some() -> bool:
+                return sum(task.done() for task in asked) >= 12 - 2 - 2
+
+            await eventually(refused_some, "all but those that wait are refused")
+        answers = await asyncio.gather(*asked)
+    turned_away = [answer for answer in answers if answer.status_code != 201]
+    assert 8 <= len(turned_away) < 12
+    for answer in turned_away:
+        refused(answer, 503, "overloaded")
+    assert await count(system, "SELECT id FROM orders_order") == 12 - len(turned_away)
+
+
+@on_sqlite
+async def test_a_request_that_takes_too_long_has_an_unknown_outcome_and_the_same_key_finds_it(
+    start_system: StartSystem, tmp_path: Path
+) -> None:
+    settings = settings_on(f"sqlite:///{tmp_path}/slow.db")
+    settings = msgspec.structs.replace(settings, http=msgspec.structs.replace(settings.http, request_timeout_ms=150))
+    system = await start_system(settings, work=False)
+    await fill(system)
+    async with facing(system) as counter:
+        async with system.database.transaction():
+            answer = await counter.place("ann")
+            assert "same idempotency key" in refused(answer, 503, "outcome_unknown")
+
+        async def placed() -> bool:
+            return (await counter.place("ann")).status_code == 201
+
+        await eventually(placed, "the same key places the order")
+        assert await count(system, "SELECT id FROM orders_order") == 1
+
+
+@pytest.fixture
+def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], Callable[[], str]]]:
+    """Write logs in a form; gives what reads them."""
+
+    def begin(form: str) -> Callable[[], str]:
+        observe.configure_logs(form, "info")
+        return lambda: capsys.readouterr().err
+
+    yield begin
+    structlog.reset_defaults()
+
+
+@on_sqlite
+@pytest.mark.parametrize("form", ["console", "json"])
+async def test_a_fault_of_ours_is_told_without_content_and_logged_without_what_was_sent(
+    idle: Counter, monkeypatch: pytest.MonkeyPatch, logged: Callable[[str], Callable[[], str]], form: str
+) -> None:
+    async def break_down(*_: Any) -> None:
+        raise LookupError("out of order")
+
+    for verb in ("place", "get"):
+        monkeypatch.setattr(idle.system.orders, verb, break_down)
+    read_logs = logged(form)
+    sent = {"cookie": "canary-cookie", "x-phone": "canary-phone"}
+    hot = await idle.place("canary-buyer", key="canary-key", sku="canary-sku", headers=sent)
+    cold = await idle.ask("GET", "/v1/orders/5?x=canary-query", idle.bearer("canary-buyer") | sent)
+    log = read_logs()
+    for answer in (hot, cold):
+        assert (answer.status_code, answer.headers["content-type"]) == (500, PROBLEM)
+        body = answer.json()
+        assert (body["code"], body["status"]) == ("internal_error", 500)
+        assert "out of order" not in answer.text
+        assert body["instance"].removeprefix("urn:holdfast:incident:") in log
+    assert log.count("out of order") >= 2
+    token = jwt.encode(idle.claims("canary-buyer"), TOKEN_SECRET, algorithm="HS256").split(".")
+    for secret in ("canary", TOKEN_SECRET, SANDBOX_SECRET, token[0]):
+        assert secret not in log.replace("\n", "")
+    assert len(log) < 40_000, "a fault is told in a traceback, not in a book"
