@@ -67,7 +67,12 @@ STOCK = (
                       ON detail.sku = level.sku AND detail.warehouse = level.warehouse
                  GROUP BY level.sku, level.warehouse, level.held, level.sold
                  HAVING level.held <> coalesce(sum(CASE detail.status WHEN 1 THEN detail.quantity END), 0)
-                     OR level.sold <> coalesce(sum(CASE detail.status WHEN 3 THEN detail.quantity END), 0)""",
+                     OR level.sold <> coalesce(sum(CASE detail.status WHEN 3 THEN detail.quantity END), 0)
+                 UNION ALL
+                 SELECT detail.sku, detail.warehouse, NULL, NULL, sum(detail.quantity), NULL
+                 FROM stock_task_detail detail LEFT JOIN stock_level level
+                      ON level.sku = detail.sku AND level.warehouse = detail.warehouse
+                 WHERE level.sku IS NULL GROUP BY detail.sku, detail.warehouse""",
     ),
     Check(
         name="stock.ledger_sums",
@@ -81,18 +86,26 @@ STOCK = (
                  GROUP BY level.sku, level.warehouse, level.available, level.held, level.sold
                  HAVING level.available <> coalesce(sum(entry.available_delta), 0)
                      OR level.held <> coalesce(sum(entry.held_delta), 0)
-                     OR level.sold <> coalesce(sum(entry.sold_delta), 0)""",
+                     OR level.sold <> coalesce(sum(entry.sold_delta), 0)
+                 UNION ALL
+                 SELECT entry.sku, entry.warehouse, NULL, NULL, NULL, sum(entry.available_delta),
+                        sum(entry.held_delta), sum(entry.sold_delta)
+                 FROM stock_ledger entry LEFT JOIN stock_level level
+                      ON level.sku = entry.sku AND level.warehouse = entry.warehouse
+                 WHERE level.sku IS NULL GROUP BY entry.sku, entry.warehouse""",
     ),
     Check(
         name="stock.ledger_entries",
         promise="each work order detail has the ledger entries of its state, and no other",
         query="""SELECT detail.id AS detail_id, detail.status, count(entry.id) AS entries
                  FROM stock_task_detail detail LEFT JOIN stock_ledger entry
-                      ON entry.cause = CAST(detail.id AS TEXT)
-                      AND (entry.kind = 'reserve' OR (entry.kind = 'release' AND detail.status = 2)
-                           OR (entry.kind = 'deduct' AND detail.status = 3))
+                      ON entry.cause = CAST(detail.id AS TEXT) AND entry.kind <> 'receive'
                  GROUP BY detail.id, detail.status
-                 HAVING count(entry.id) <> CASE detail.status WHEN 1 THEN 1 ELSE 2 END""",
+                 HAVING count(entry.id) <> CASE detail.status WHEN 1 THEN 1 ELSE 2 END
+                     OR coalesce(sum(CASE WHEN entry.kind = 'reserve'
+                                            OR (entry.kind = 'release' AND detail.status = 2)
+                                            OR (entry.kind = 'deduct' AND detail.status = 3) THEN 1 END), 0)
+                        <> CASE detail.status WHEN 1 THEN 1 ELSE 2 END""",
     ),
     Check(
         name="stock.orders",
@@ -101,13 +114,18 @@ STOCK = (
                  FROM order_line line LEFT JOIN stock_task_detail detail
                       ON detail.order_id = line.order_id AND detail.sku = line.sku
                  GROUP BY line.order_id, line.sku, line.quantity
-                 HAVING line.quantity <> coalesce(sum(detail.quantity), 0)""",
+                 HAVING line.quantity <> coalesce(sum(detail.quantity), 0)
+                 UNION ALL
+                 SELECT detail.order_id, detail.sku, 0, sum(detail.quantity)
+                 FROM stock_task_detail detail LEFT JOIN order_line line
+                      ON line.order_id = detail.order_id AND line.sku = detail.sku
+                 WHERE line.order_id IS NULL AND detail.status <> 2 GROUP BY detail.order_id, detail.sku""",
     ),
     Check(
         name="stock.ghost_holds",
-        promise="nothing is held for an order that does not exist",
+        promise="nothing is held for, or sold to, an order that does not exist",
         query="""SELECT detail.id AS detail_id, detail.order_id FROM stock_task_detail detail
-                 LEFT JOIN order_order o ON o.id = detail.order_id WHERE o.id IS NULL AND detail.status = 1""",
+                 LEFT JOIN order_order o ON o.id = detail.order_id WHERE o.id IS NULL AND detail.status <> 2""",
     ),
     Check(
         name="stock.outcome",
@@ -158,10 +176,13 @@ ORDERS = (
     ),
     Check(
         name="orders.reply",
-        promise="each order has the one stored answer to its idempotency key",
+        promise="each order has one stored answer, each stored answer its order",
         query="""SELECT o.id AS order_id, count(reply.key) AS replies FROM order_order o
                  LEFT JOIN order_reply reply ON reply.order_id = o.id AND reply.buyer = o.buyer
-                 GROUP BY o.id HAVING count(reply.key) <> 1""",
+                 GROUP BY o.id HAVING count(reply.key) <> 1
+                 UNION ALL
+                 SELECT reply.order_id, 1 FROM order_reply reply LEFT JOIN order_order o ON o.id = reply.order_id
+                 WHERE o.id IS NULL""",
     ),
     Check(
         name="orders.overdue",
@@ -174,11 +195,14 @@ ORDERS = (
 MONEY = (
     Check(
         name="money.payment_order",
-        promise="each order has one payment order over its amount",
+        promise="each order has one payment order over its amount, each payment order its order",
         query="""SELECT o.id AS order_id, o.amount_minor, payment.amount_minor AS payment_amount_minor
                  FROM order_order o LEFT JOIN payment_order payment ON payment.order_id = o.id
                  WHERE payment.id IS NULL OR payment.amount_minor <> o.amount_minor
-                    OR payment.currency <> o.currency OR payment.buyer <> o.buyer""",
+                    OR payment.currency <> o.currency OR payment.buyer <> o.buyer
+                 UNION ALL
+                 SELECT payment.order_id, NULL, payment.amount_minor FROM payment_order payment
+                 LEFT JOIN order_order o ON o.id = payment.order_id WHERE o.id IS NULL""",
     ),
     Check(
         name="money.paid",

@@ -44,7 +44,6 @@ from holdfast.services.sweeper import Sweeper
 from holdfast.settings import MessagingSettings, Settings
 
 HISTORIES = (MESSAGING_HISTORY, SERVICES_HISTORY)
-EXPIRE_AT_ONCE = 32
 
 log = observe.logger("bootstrap")
 
@@ -142,6 +141,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
         transitions = Transitions(clock, ids, outbox, payments)
         orders = OrderService(database, group, place, transitions, payment_service, clock, settings.orders)
+        stock_service = StockService(database, group, stock, orders, clock)
         listens = (
             *order_listeners.listeners(orders, transitions),
             *stock_listeners.listeners(stock),
@@ -153,11 +153,11 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             database=database,
             messaging=bus,
             orders=orders,
-            stock=StockService(database, group, stock),
+            stock=stock_service,
             payments=payment_service,
             sandbox=sandbox,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
-            sweepers=_sweepers(orders, payment_service, settings, clock),
+            sweepers=_sweepers(orders, stock_service, payment_service, settings, clock),
         )
         stack.push_async_callback(system.stop_work)
         yield system
@@ -199,18 +199,13 @@ def _tuned(listen: Listen, settings: MessagingSettings) -> Listen:
     )
 
 
-def _sweepers(orders: OrderService, payments: PaymentService, settings: Settings, clock: Clock) -> list[Sweeper]:
-    async def close_overdue() -> int:
-        """Close what is overdue by more than one interval; the message should have come by then."""
-        overdue = await orders.sweep(older_than_ms=settings.orders.sweep_ms)
-        for start in range(0, len(overdue), EXPIRE_AT_ONCE):
-            await asyncio.gather(*(orders.expire(order_id) for order_id in overdue[start : start + EXPIRE_AT_ONCE]))
-        return len(overdue)
-
-    async def remind_refunds() -> int:
-        return await payments.sweep(older_than_ms=settings.payments.sweep_ms * 2)
-
+def _sweepers(
+    orders: OrderService, stock: StockService, payments: PaymentService, settings: Settings, clock: Clock
+) -> list[Sweeper]:
+    """The guards; each looks for what is late by one of its intervals, since messages should have come by then."""
+    of_orders, of_payments = settings.orders.sweep_ms, settings.payments.sweep_ms
     return [
-        Sweeper("orders", settings.orders.sweep_ms, close_overdue, clock),
-        Sweeper("refunds", settings.payments.sweep_ms, remind_refunds, clock),
+        Sweeper("orders", of_orders, lambda: orders.sweep(of_orders), clock),
+        Sweeper("stock", of_orders, lambda: stock.sweep(of_orders), clock),
+        Sweeper("payments", of_payments, lambda: payments.sweep(of_payments), clock),
     ]

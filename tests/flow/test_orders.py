@@ -11,7 +11,6 @@ import msgspec
 import pytest
 from sqlalchemy import select
 
-from holdfast import bootstrap
 from holdfast.audit import audit
 from holdfast.bootstrap import System
 from holdfast.clock import US_PER_S, ManualClock
@@ -393,7 +392,7 @@ class TestDeadline:
     async def test_orders_that_fail_to_close_keep_the_sweeper_from_no_other(
         self, start_system: StartSystem, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(bootstrap, "EXPIRE_AT_ONCE", 2)  # as if 32 orders failed
+        monkeypatch.setattr(orders_service, "EXPIRE_AT_ONCE", 2)  # as if 32 orders failed
         system = await start_system(clock=clock)
         await stock_up(system, "SKU-1", 3)
         stuck = {int((await order(system, f"buyer-{number}")).id) for number in range(2)}
@@ -418,7 +417,7 @@ class TestDeadline:
     async def test_many_orders_the_provider_knows_nothing_of_keep_the_sweeper_from_no_other(
         self, start_system: StartSystem, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(orders_service, "SWEEP_LIMIT", 3)  # as if there were 500 of them
+        monkeypatch.setattr(orders_service, "SWEEP_PAGE", 3)  # as if there were 500 of them
         system = await start_system(clock=clock)
         await stock_up(system, "SKU-1", 4)
         stuck = {int((await order(system, f"buyer-{number}")).id) for number in range(3)}
@@ -533,7 +532,7 @@ class TestPaying:
 
         await eventually(handled, "the wake-up is handled")
         assert await system.orders.expire(int(view.id)) is Expiry.DONE
-        assert await system.orders.sweep() == []
+        assert await system.orders.sweep(0) == 0
         assert await status(system, view) is OrderStatus.PAID
         await level_becomes(system, sold=1)
         await clean_in_time(system, clock)

@@ -9,9 +9,10 @@ import msgspec
 from msgspec import Meta
 
 # Printable ASCII without blanks: safe in URLs, logs, file names and every database.
-Code = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
-Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$")]
-MinorUnits = Annotated[int, Meta(ge=0, le=1_000_000_000_000)]
+Code = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*\Z")]
+Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}\Z")]
+AMOUNT_MINOR_MAX = 1_000_000_000_000
+MinorUnits = Annotated[int, Meta(ge=0, le=AMOUNT_MINOR_MAX)]
 Quantity = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
@@ -60,6 +61,14 @@ class PaymentRef(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     id: str
     provider: str
     pay_url: str | None = None
+
+
+class Fate(StrEnum):
+    """What an order means to those who hold something for it."""
+
+    OPEN = "open"  # keep holding
+    PAID = "paid"  # what is held is sold
+    ENDED = "ended"  # give it back
 
 
 class TradeEnd(StrEnum):

@@ -11,8 +11,8 @@ import msgspec
 from msgspec import Meta
 
 from holdfast.clock import rfc3339
-from holdfast.errors import InvalidInput, Refused
-from holdfast.services.contracts.values import Code, Line, PaymentRef, Price
+from holdfast.errors import HoldfastError, InvalidInput, Refused
+from holdfast.services.contracts.values import AMOUNT_MINOR_MAX, Code, Line, PaymentRef, Price
 
 
 class OrderStatus(StrEnum):
@@ -32,8 +32,8 @@ EDGES: dict[OrderStatus, frozenset[OrderStatus]] = {
 }
 """The graph: every transition an order may make. It starts as `pending_payment`."""
 
-IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
-Buyer = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+IdempotencyKey = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+\Z")]
+Buyer = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+\Z")]
 
 
 class OrderLine(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -139,6 +139,8 @@ def check_lines(lines: Sequence[OrderLine], lines_max: int, quantity_max: int) -
         if line.sku in seen:
             raise InvalidInput(f"SKU {line.sku!r} stands on two lines; put the sum of their quantities on one")
         seen.add(line.sku)
+        if line.quantity < 1:
+            raise InvalidInput(f"a line has a quantity of at least 1, {line.sku!r} asks for {line.quantity}")
         if line.quantity > quantity_max:
             raise InvalidInput(
                 f"a line has a quantity of at most {quantity_max}, {line.sku!r} asks for {line.quantity}"
@@ -147,7 +149,7 @@ def check_lines(lines: Sequence[OrderLine], lines_max: int, quantity_max: int) -
 
 def price_lines(
     lines: Sequence[OrderLine], prices: Mapping[str, Price]
-) -> tuple[tuple[PricedLine, ...], int, str] | Refused:
+) -> tuple[tuple[PricedLine, ...], int, str] | HoldfastError:
     """Price the lines: (lines, amount in minor units, currency), or why that cannot be done."""
     for line in lines:
         if line.sku not in prices:
@@ -158,7 +160,10 @@ def price_lines(
     priced = tuple(
         PricedLine(sku=line.sku, quantity=line.quantity, price_minor=prices[line.sku].amount_minor) for line in lines
     )
-    return priced, sum(line.quantity * line.price_minor for line in priced), currencies.pop()
+    amount_minor = sum(line.quantity * line.price_minor for line in priced)
+    if amount_minor > AMOUNT_MINOR_MAX:
+        return InvalidInput(f"the order amounts to {amount_minor}; at most {AMOUNT_MINOR_MAX} can be paid at once")
+    return priced, amount_minor, currencies.pop()
 
 
 def view(

@@ -36,6 +36,10 @@ class Payments(Protocol):
         """End unpaid payment orders; answers the orders that can close, not those paid meanwhile."""
         ...
 
+    async def accept(self, tx: Tx, payment_ids: Collection[int]) -> None:
+        """Take note that these payments have paid their orders."""
+        ...
+
 
 class Cashier(Protocol):
     """Money, where the provider has to be asked first; never within a transaction."""

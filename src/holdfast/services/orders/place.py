@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -73,26 +75,21 @@ class PlaceOrders:
         same, `KeyReused` if not. Two processes that place the same new key at once meet at its unique row: the later
         one loses with `Conflict`, which group commit decides again and then finds the stored answer.
         """
-        stored = await store.stored_replies(tx, requests)
-        answers: dict[int, Answer] = {}
-        first: dict[tuple[str, str], int] = {}
-        repeats: list[tuple[int, int]] = []
-        for index, request in enumerate(requests):
-            who = (request.buyer, request.idempotency_key)
-            if who in stored:
-                answers[index] = _replay(stored[who].fingerprint, stored[who].order_id, stored[who].body, request)
-            elif who in first:
-                repeats.append((index, first[who]))
-            else:
-                first[who] = index
-        fresh = sorted(first.values())
-        placed = await self._place_fresh(tx, [requests[index] for index in fresh])
-        answers.update(zip(fresh, placed, strict=True))
-        for index, original in repeats:
-            answer = answers[original]
-            if isinstance(answer, Placed):
-                answer = _replay(requests[original].fingerprint, answer.order_id, answer.body, requests[index])
-            answers[index] = answer
+        answers = _replays(await store.stored_replies(tx, requests), requests)
+        while len(answers) < len(requests):
+            first: dict[tuple[str, str], int] = {}
+            for index, request in enumerate(requests):
+                if index not in answers:
+                    first.setdefault((request.buyer, request.idempotency_key), index)
+            fresh = sorted(first.values())
+            placed = await self._place_fresh(tx, [requests[index] for index in fresh])
+            answers.update(zip(fresh, placed, strict=True))
+            for index, request in enumerate(requests):
+                if index not in answers:
+                    original = first[request.buyer, request.idempotency_key]
+                    answer = _repeated(requests[original], answers[original], request)
+                    if answer is not None:
+                        answers[index] = answer
         return [answers[index] for index in range(len(requests))]
 
     async def _place_fresh(self, tx: Tx, requests: Sequence[PlaceRequest]) -> list[Answer]:
@@ -111,7 +108,17 @@ class PlaceOrders:
                 held.append(draft)
                 answers.append(None)
         placed = iter(await self._write(tx, held) if held else ())
-        return [next(placed) if answer is None else answer for answer in answers]
+        decided = [next(placed) if answer is None else answer for answer in answers]
+        return await self._placed_meanwhile(tx, requests, decided)
+
+    async def _placed_meanwhile(self, tx: Tx, requests: Sequence[PlaceRequest], decided: list[Answer]) -> list[Answer]:
+        """A wish that is sold out here may be one that another process placed while we waited for the stock."""
+        refused = [index for index, answer in enumerate(decided) if isinstance(answer, SoldOut)]
+        if refused:
+            again = [requests[index] for index in refused]
+            for at, answer in _replays(await store.stored_replies(tx, again), again).items():
+                decided[refused[at]] = answer
+        return decided
 
     async def _price(self, tx: Tx, requests: Sequence[PlaceRequest]) -> list[_Draft | HoldfastError]:
         skus = {line.sku for request in requests for line in request.lines}
@@ -222,10 +229,27 @@ def deadline_key(order_id: int) -> str:
     return f"order.due:{order_id}"
 
 
+def _replays(stored: Mapping[tuple[str, str], Any], requests: Sequence[PlaceRequest]) -> dict[int, Answer]:
+    """The answers to requests whose key has a stored one, by index."""
+    answers = {}
+    for index, request in enumerate(requests):
+        row = stored.get((request.buyer, request.idempotency_key))
+        if row is not None:
+            answers[index] = _replay(row.fingerprint, row.order_id, row.body, request)
+    return answers
+
+
 def _replay(fingerprint: bytes, order_id: int, body: bytes, request: PlaceRequest) -> Answer:
     if fingerprint != request.fingerprint:
         return KeyReused()
     return Placed(order_id=order_id, body=body, replayed=True)
+
+
+def _repeated(first: PlaceRequest, answer: Answer, request: PlaceRequest) -> Answer | None:
+    """The answer to a request whose key came earlier in the batch; None when that one left the key unused."""
+    if isinstance(answer, Placed):
+        return _replay(first.fingerprint, answer.order_id, answer.body, request)
+    return copy.copy(answer) if first.fingerprint == request.fingerprint else None
 
 
 def _placed(draft: _Draft, payment: PaymentRef, created_us: int, pay_by_us: int) -> Placed:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 
+from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Database
 from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import Unavailable
-from holdfast.services.contracts.values import TradeEnd
+from holdfast.services.contracts.values import Fate, TradeEnd
 from holdfast.services.orders import store
 from holdfast.services.orders.model import (
     CancelRequest,
@@ -25,7 +28,17 @@ from holdfast.services.orders.place import PlaceOrders
 from holdfast.services.orders.transitions import Transitions
 from holdfast.settings import OrdersSettings
 
-SWEEP_LIMIT = 500
+SWEEP_PAGE = 500
+EXPIRE_AT_ONCE = 32
+
+_FATES = {
+    OrderStatus.PENDING_PAYMENT: Fate.OPEN,
+    OrderStatus.PAID: Fate.PAID,
+    OrderStatus.CANCELLED: Fate.ENDED,
+    OrderStatus.CLOSED: Fate.ENDED,
+}
+
+log = observe.logger("orders")
 
 
 class Expiry(StrEnum):
@@ -104,7 +117,28 @@ class OrderService:
         closed = await self._group.submit(self._transitions.close, order_id)
         return Expiry.DONE if closed else Expiry.UNKNOWN
 
-    async def sweep(self, older_than_ms: int = 0) -> list[int]:
-        """Orders that are overdue by so much, at most some hundred at a time; each is to be given to `expire`."""
+    async def sweep(self, older_than_ms: int) -> int:
+        """Expire the orders that are overdue by so much, all of them, page by page; answers how many there were.
+
+        One that fails or stays unknown holds up no other: it is logged and comes again with the next sweep.
+        """
+        before_us = self._clock.now_us() - older_than_ms * US_PER_MS
+        found, after = 0, (0, 0)
+        while True:
+            async with self._database.read() as tx:
+                page = await store.overdue(tx, before_us, after, SWEEP_PAGE)
+            if not page:
+                return found
+            found, after = found + len(page), page[-1]
+            for start in range(0, len(page), EXPIRE_AT_ONCE):
+                chunk = [order_id for _, order_id in page[start : start + EXPIRE_AT_ONCE]]
+                outcomes = await asyncio.gather(*map(self.expire, chunk), return_exceptions=True)
+                for order_id, outcome in zip(chunk, outcomes, strict=True):
+                    if isinstance(outcome, Exception):
+                        log.error("expire_failed", order_id=order_id, error=repr(outcome)[:300])
+
+    async def fates(self, order_ids: Collection[int]) -> Mapping[int, Fate]:
+        """What those orders that exist mean to those who hold something for them."""
         async with self._database.read() as tx:
-            return list(await store.overdue(tx, self._clock.now_us() - older_than_ms * US_PER_MS, SWEEP_LIMIT))
+            states = await store.states(tx, order_ids)
+        return {order_id: _FATES[status] for order_id, status in states.items()}

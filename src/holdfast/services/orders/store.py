@@ -17,7 +17,9 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    and_,
     bindparam,
+    or_,
     select,
     update,
 )
@@ -119,6 +121,9 @@ _ORDERS_OF = Prepared(
         among(dialect, orders.c.id, "order_ids"), orders.c.buyer == bindparam("of_buyer")
     )
 )
+_STATES_OF = Prepared(
+    lambda dialect: select(orders.c.id, orders.c.status).where(among(dialect, orders.c.id, "order_ids"))
+)
 _LINES = Prepared(
     lambda dialect: (
         select(lines).where(among(dialect, lines.c.order_id, "order_ids")).order_by(lines.c.order_id, lines.c.line_no)
@@ -169,15 +174,24 @@ async def read_views(tx: Tx, order_ids: Collection[int], buyer: str | None) -> d
     }
 
 
-async def overdue(tx: Tx, now_us: int, limit: int) -> Sequence[int]:
-    """Orders whose time to pay is over and that still wait, the longest overdue first."""
+async def overdue(tx: Tx, now_us: int, after: tuple[int, int], limit: int) -> Sequence[tuple[int, int]]:
+    """(pay by, id) of orders whose time to pay is over and that still wait, in that order, after the given one."""
     statement = (
-        select(orders.c.id)
-        .where(orders.c.status == OrderStatus.PENDING_PAYMENT.value, orders.c.pay_by_us <= now_us)
-        .order_by(orders.c.pay_by_us)
+        select(orders.c.pay_by_us, orders.c.id)
+        .where(
+            orders.c.status == OrderStatus.PENDING_PAYMENT.value,
+            orders.c.pay_by_us <= now_us,
+            or_(orders.c.pay_by_us > after[0], and_(orders.c.pay_by_us == after[0], orders.c.id > after[1])),
+        )
+        .order_by(orders.c.pay_by_us, orders.c.id)
         .limit(limit)
     )
-    return (await tx.execute(statement)).scalars().all()
+    return [(row.pay_by_us, row.id) for row in await tx.execute(statement)]
+
+
+async def states(tx: Tx, order_ids: Collection[int]) -> dict[int, OrderStatus]:
+    """Where these orders are."""
+    return {row.id: OrderStatus(row.status) for row in await _STATES_OF.rows(tx, order_ids=sorted(order_ids))}
 
 
 async def deadline(tx: Tx, order_id: int) -> tuple[OrderStatus, int] | None:

@@ -49,6 +49,8 @@ class Transitions:
             elif order is None or order.status != OrderStatus.PAID:
                 late.append(event)
         await self._move(tx, list(paid), OrderStatus.PAID, "payment")
+        # What is not accepted here and now, payments will tell again, until a refund takes charge of it.
+        await self._payments.accept(tx, {event.payment_id for event in events} - {event.payment_id for event in late})
         over = {event.order_id for event in late} - set(paid)
         closed = await self._move(tx, over, OrderStatus.CLOSED, "late payment")
         drafts = [
@@ -99,7 +101,7 @@ class Transitions:
         return answers
 
     async def close(self, tx: Tx, order_ids: Sequence[int]) -> list[bool | HoldfastError]:
-        """Close orders whose deadline has passed and whose trade cannot be paid any more; says for each if it moved."""
+        """Close orders whose deadline has passed and whose trade cannot be paid; says for each if it has ended."""
         orders = await store.lock_orders(tx, set(order_ids))
         now_us = self._clock.now_us()
         due = {
@@ -108,7 +110,8 @@ class Transitions:
             if order.status == OrderStatus.PENDING_PAYMENT and order.pay_by_us <= now_us
         }
         closed = await self._end(tx, due, OrderStatus.CLOSED, "deadline")
-        return [order_id in closed for order_id in order_ids]
+        ended = {order.id for order in orders.values() if order.status != OrderStatus.PENDING_PAYMENT}
+        return [order_id in closed | ended for order_id in order_ids]
 
     async def _end(self, tx: Tx, order_ids: set[int], to: OrderStatus, actor: str) -> set[int]:
         """End unpaid orders together with their payment orders; one whose payment succeeded meanwhile stays open."""

@@ -54,7 +54,10 @@ class Payments:
             )
             for bill in bills
         ]
-        rows = [msgspec.structs.asdict(payment) | {"created_us": now_us, "changed_us": now_us} for payment in opened]
+        rows = [
+            msgspec.structs.asdict(payment) | {"accepted_us": None, "created_us": now_us, "changed_us": now_us}
+            for payment in opened
+        ]
         await store.insert_payments.many(tx, rows)
         return [
             PaymentRef(id=str(payment.id), provider=payment.provider, pay_url=self._provider.pay_url(payment))
@@ -100,10 +103,16 @@ class Payments:
         """End unpaid payment orders; answers the orders that can close, not those paid meanwhile."""
         return await store.end_open(tx, order_ids, self._clock.now_us())
 
+    async def accept(self, tx: Tx, payment_ids: Collection[int]) -> None:
+        """Take note that these payments have paid their orders: they need not be told again."""
+        if payment_ids:
+            await store.accept(tx, payment_ids, self._clock.now_us())
+
     async def request_refunds(self, tx: Tx, wishes: Sequence[RefundRequested]) -> None:
         """Put refunds on the books, one for each payment and reason, and wake up the one who asks the provider."""
         payments = await store.lock_payments(tx, {wish.payment_id for wish in wishes})
         now_us = self._clock.now_us()
+        await store.accept(tx, set(payments), now_us)
         drafts = []
         for wish in wishes:
             payment = payments[wish.payment_id]

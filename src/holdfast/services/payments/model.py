@@ -17,7 +17,7 @@ ENDED = 2  # timed out or cancelled
 SUCCEEDED = 3
 
 RowId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Token = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
+Token = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+\Z")]
 
 
 class Capture(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from sqlalchemy import select
@@ -17,7 +18,7 @@ from holdfast.services.payments.actions import Payments
 from holdfast.services.payments.model import SUCCEEDED, Verdict
 from holdfast.services.payments.needs import Provider
 
-SWEEP_LIMIT = 500
+SWEEP_PAGE = 500
 
 log = observe.logger("payments")
 
@@ -80,10 +81,20 @@ class PaymentService:
         return True
 
     async def sweep(self, older_than_ms: int) -> int:
-        """Wake up refunds that wait longer than they should; answers how many."""
+        """Tell again of captured money that nobody took charge of, and wake up refunds that wait; answers how many."""
         before_us = self._clock.now_us() - older_than_ms * US_PER_MS
         async with self._database.read() as tx:
-            waiting = await store.pending_refunds(tx, before_us, SWEEP_LIMIT)
+            waiting = await store.pending_refunds(tx, before_us, SWEEP_PAGE)
         for refund_id in waiting:
             await self._group.submit(self._payments.remind_refunds, refund_id)
-        return len(waiting)
+        return len(waiting) + await self._tell_unaccepted(before_us)
+
+    async def _tell_unaccepted(self, before_us: int) -> int:
+        found = after = 0
+        while True:
+            async with self._database.read() as tx:
+                page = await store.unaccepted(tx, before_us, after, SWEEP_PAGE)
+            if not page:
+                return found
+            found, after = found + len(page), page[-1].id
+            await asyncio.gather(*(self._group.submit(self._payments.tell_again, payment) for payment in page))

@@ -39,12 +39,20 @@ payments = Table(
     Column("captured_minor", BigInteger, nullable=False),
     Column("refunded_minor", BigInteger, nullable=False),
     Column("captured_us", BigInteger),
+    Column("accepted_us", BigInteger),  # when an order or a refund took charge of the captured money
     Column("pay_by_us", BigInteger, nullable=False),
     Column("created_us", BigInteger, nullable=False),
     Column("changed_us", BigInteger, nullable=False),
     CheckConstraint("status IN (0, 1, 2, 3)", name="status"),
     CheckConstraint("0 <= refunded_minor AND refunded_minor <= captured_minor", name="refunded"),
     CheckConstraint("captured_minor IN (0, amount_minor)", name="captured"),
+)
+
+Index(
+    "ix_payment_order_unaccepted",
+    payments.c.changed_us,
+    sqlite_where=(payments.c.status == SUCCEEDED) & payments.c.accepted_us.is_(None),
+    postgresql_where=(payments.c.status == SUCCEEDED) & payments.c.accepted_us.is_(None),
 )
 
 # Every verified notice as it came; the unique event id makes it count once, for ever.
@@ -141,6 +149,27 @@ _TOLD = Prepared(
         among(dialect, notices.c.event_id, "event_ids")
     )
 )
+_ACCEPT = Prepared(
+    lambda dialect: (
+        update(payments)
+        .where(among(dialect, payments.c.id, "payment_ids"), payments.c.accepted_us.is_(None))
+        .values(accepted_us=bindparam("now_us"))
+        .returning(payments.c.id)
+    )
+)
+_UNACCEPTED = Prepared(
+    lambda _: (
+        select(*_FIELDS)
+        .where(
+            payments.c.status == SUCCEEDED,
+            payments.c.accepted_us.is_(None),
+            payments.c.changed_us < bindparam("before_us"),
+            payments.c.id > bindparam("after"),
+        )
+        .order_by(payments.c.id)
+        .limit(bindparam("room", type_=BigInteger))
+    )
+)
 _TOUCH_REFUNDS = Prepared(
     lambda dialect: (
         update(refunds)
@@ -202,6 +231,16 @@ async def finish_refunds(tx: Tx, refund_ids: Collection[int], now_us: int) -> li
 async def touch_refunds(tx: Tx, refund_ids: Collection[int], now_us: int) -> None:
     """Note that refunds were asked about."""
     await _TOUCH_REFUNDS.rows(tx, refund_ids=sorted(refund_ids), now_us=now_us)
+
+
+async def accept(tx: Tx, payment_ids: Collection[int], now_us: int) -> None:
+    """Note that somebody took charge of the captured money."""
+    await _ACCEPT.rows(tx, payment_ids=sorted(payment_ids), now_us=now_us)
+
+
+async def unaccepted(tx: Tx, before_us: int, after: int, limit: int) -> list[PaymentOrder]:
+    """Payments captured before an instant that nobody took charge of, in order of id, after the given one."""
+    return [_payment(row) for row in await _UNACCEPTED.rows(tx, before_us=before_us, after=after, room=limit)]
 
 
 async def pending_refunds(tx: Tx, before_us: int, limit: int) -> Sequence[int]:

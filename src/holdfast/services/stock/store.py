@@ -82,6 +82,12 @@ details = Table(
     CheckConstraint("status IN (1, 2, 3)", name="status"),
 )
 Index("ix_stock_task_detail_order_id", details.c.order_id)
+Index(
+    "ix_stock_task_detail_held",
+    details.c.order_id,
+    sqlite_where=details.c.status == HELD,
+    postgresql_where=details.c.status == HELD,
+)
 
 # Append-only. `cause` names what moved the units; with the kind it is unique, so no movement is booked twice.
 ledger = Table(
@@ -156,6 +162,19 @@ _IN_STATE = Prepared(
         .distinct()
     )
 )
+_HELD_ORDERS = Prepared(
+    lambda _: (
+        select(details.c.order_id)
+        .where(
+            details.c.status == bindparam("held"),
+            details.c.changed_us < bindparam("before_us"),
+            details.c.order_id > bindparam("after"),
+        )
+        .distinct()
+        .order_by(details.c.order_id)
+        .limit(bindparam("room", type_=BigInteger))
+    )
+)
 _PRICES = Prepared(
     lambda dialect: select(skus.c.sku, skus.c.price_minor, skus.c.currency).where(among(dialect, skus.c.sku, "skus"))
 )
@@ -184,6 +203,12 @@ async def move_details(tx: Tx, order_ids: Collection[int], to: int, now_us: int)
 async def orders_in_state(tx: Tx, order_ids: Collection[int], state: int) -> set[int]:
     """Those of the orders that have a detail in this state."""
     return {row.order_id for row in await _IN_STATE.rows(tx, order_ids=sorted(order_ids), state=state)}
+
+
+async def held_orders(tx: Tx, before_us: int, after: int, limit: int) -> list[int]:
+    """Orders with units held since before an instant, in order of id, after the given one."""
+    rows = await _HELD_ORDERS.rows(tx, held=HELD, before_us=before_us, after=after, room=limit)
+    return [row.order_id for row in rows]
 
 
 async def read_prices(tx: Tx, wanted: Collection[str]) -> dict[str, Price]:

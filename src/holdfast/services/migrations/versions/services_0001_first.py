@@ -89,6 +89,7 @@ def upgrade() -> None:
         sa.Column("captured_minor", sa.BigInteger(), nullable=False),
         sa.Column("refunded_minor", sa.BigInteger(), nullable=False),
         sa.Column("captured_us", sa.BigInteger(), nullable=True),
+        sa.Column("accepted_us", sa.BigInteger(), nullable=True),
         sa.Column("pay_by_us", sa.BigInteger(), nullable=False),
         sa.Column("created_us", sa.BigInteger(), nullable=False),
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
@@ -99,6 +100,14 @@ def upgrade() -> None:
         sa.CheckConstraint("status IN (0, 1, 2, 3)", name=op.f("ck_payment_order_status")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_payment_order")),
         sa.UniqueConstraint("order_id", name=op.f("uq_payment_order_order_id")),
+    )
+    op.create_index(
+        "ix_payment_order_unaccepted",
+        "payment_order",
+        ["changed_us"],
+        unique=False,
+        sqlite_where=sa.text("status = 3 AND accepted_us IS NULL"),
+        postgresql_where=sa.text("status = 3 AND accepted_us IS NULL"),
     )
     op.create_table(
         "payment_refund",
@@ -202,6 +211,14 @@ def upgrade() -> None:
         sa.CheckConstraint("status IN (1, 2, 3)", name=op.f("ck_stock_task_detail_status")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_stock_task_detail")),
     )
+    op.create_index(
+        "ix_stock_task_detail_held",
+        "stock_task_detail",
+        ["order_id"],
+        unique=False,
+        sqlite_where=sa.text("status = 1"),
+        postgresql_where=sa.text("status = 1"),
+    )
     op.create_index("ix_stock_task_detail_order_id", "stock_task_detail", ["order_id"], unique=False)
     op.create_table(
         "stock_warehouse",
@@ -214,6 +231,12 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("stock_warehouse")
     op.drop_index("ix_stock_task_detail_order_id", table_name="stock_task_detail")
+    op.drop_index(
+        "ix_stock_task_detail_held",
+        table_name="stock_task_detail",
+        sqlite_where=sa.text("status = 1"),
+        postgresql_where=sa.text("status = 1"),
+    )
     op.drop_table("stock_task_detail")
     op.drop_table("stock_task")
     op.drop_table("stock_sku")
@@ -228,6 +251,12 @@ def downgrade() -> None:
         postgresql_where=sa.text("status = 'pending'"),
     )
     op.drop_table("payment_refund")
+    op.drop_index(
+        "ix_payment_order_unaccepted",
+        table_name="payment_order",
+        sqlite_where=sa.text("status = 3 AND accepted_us IS NULL"),
+        postgresql_where=sa.text("status = 3 AND accepted_us IS NULL"),
+    )
     op.drop_table("payment_order")
     op.drop_table("payment_notice")
     op.drop_table("order_reply")
