@@ -1,6 +1,7 @@
 """Messages in your own transaction: the row and its message commit together, and the effect happens once.
 
-Run it with `python examples/outbox_in_your_transaction.py`: a throw-away SQLite file, or the postgresql:// URL you give.
+Run it with `python examples/outbox_in_your_transaction.py`: on a throw-away SQLite file, or on the postgresql:// URL
+that you give.
 """
 
 from __future__ import annotations
