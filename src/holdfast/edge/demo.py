@@ -103,7 +103,6 @@ async def _demo(plan: Plan, folder: Path, console: Console) -> int:
     booked = sum(value for name, value in report.figures.items() if name.startswith("orders "))
     if booked != crowd.tally.orders:
         crowd.tally.surprises.append(f"{crowd.tally.orders} orders were acknowledged, {booked} are in the book")
-    console.print()
     show(report, console)
     elapsed = clock.monotonic() - started
     console.print(_verdict(crowd.tally, report, elapsed), highlight=False, soft_wrap=True)
@@ -239,6 +238,8 @@ async def _watch(crowd: Crowd, console: Console, interrupted: asyncio.Event) -> 
                 live.update(_table(crowd.tally), refresh=True)
             return buying.done()
     finally:
+        if not console.is_terminal:
+            console.print()  # a table that is not live ends without a line break
         for task in (buying, stop):
             task.cancel()
         await asyncio.wait([buying, stop])
