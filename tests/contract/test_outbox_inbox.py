@@ -20,7 +20,9 @@ from tests.contract.notes import (
     Ledger,
     Note,
     counts,
+    counts_become,
     effectively,
+    needs_several_processes,
     note,
     office,
     parked_messages,
@@ -208,6 +210,21 @@ async def test_duplicates_inside_a_batch_have_one_effect(start_system: StartSyst
     assert await ledger.entries() == ["once", "marker"]
     assert await counts(system) == (0, 0, 0)
     assert batches == [2]  # they did meet in one batch
+
+
+async def test_duplicates_that_reach_two_processes_have_one_effect(start_system: StartSystem) -> None:
+    system = await office(start_system)
+    needs_several_processes(system)
+    other = await office(start_system)
+    ledger = await Ledger.of(system)
+    bodies = [str(number) for number in range(100)]
+    copies = [note(system, body, message_id=f"id-{body}") for body in bodies * 3]
+    await publish(system, copies)
+    for each in (system, system, other, other):
+        each.listen(effectively(ledger.write, prefetch=10, local=RetryPolicy(tries=5, interval_ms=1)))
+    await counts_become(system, (0, 0, 0))
+    assert sorted(await ledger.entries()) == sorted(bodies)
+    assert await parked_messages(system) == []
 
 
 async def test_consumers_of_different_names_each_have_their_own_effect(start_system: StartSystem) -> None:

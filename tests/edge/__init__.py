@@ -1,1 +1,1 @@
-"""The edge over real HTTP and from the command line: what every route answers, and what none of them may be talked into."""
+"""The edge over real HTTP and by command line: what everybody gets, and what nobody can talk it into."""

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import pytest_asyncio
+import structlog
+import uvloop
 
+from holdfast import observe
 from holdfast.settings import Settings
 from tests.conftest import StartSystem
 from tests.contract.backends import BACKENDS, PostgresSession
 from tests.edge.counter import Counter, facing, fill, serving, settings_on
 from tests.servers.postgres import require_postgres
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The edge is tested on the loop that it is served on."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_served() -> Iterator[None]:
+    """Log as a served shop does: tracebacks are short and hold no values."""
+    observe.configure_logs("console", "info")
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

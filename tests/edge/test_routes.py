@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import httpx
 import jwt
 import msgspec
 import pytest
-import structlog
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -28,10 +28,12 @@ from tests.edge.counter import (
     SANDBOX_SECRET,
     TOKEN_SECRET,
     Counter,
+    deprecations_told_once,
     facing,
     fill,
     refused,
     requests_counted,
+    routes_of,
     serving,
     settings_on,
     view_of,
@@ -43,7 +45,6 @@ on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
-LONG = 100_000
 
 
 # --- Orders -----------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ async def test_the_same_key_gives_the_same_bytes_marked_as_replayed_whatever_bec
         assert (again.headers["location"], again.headers["idempotent-replayed"]) == (first.headers["location"], "true")
     await counter.ask("POST", f"{first.headers['location']}/cancel", counter.bearer("ann"))
     assert (await counter.place("ann")).content == first.content
-    assert await count(counter.system, "SELECT id FROM orders_order") == 1
+    assert await count(counter.system, "SELECT id FROM order_order") == 1
 
 
 async def test_a_double_click_places_one_order(counter: Counter) -> None:
@@ -97,10 +98,10 @@ async def test_two_buyers_may_choose_the_same_key(counter: Counter) -> None:
 
 
 @on_sqlite
-@pytest.mark.parametrize("key", ["k", "~" * 128, "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"])
-async def test_any_printable_key_of_1_to_128_characters_is_taken(counter: Counter, key: str) -> None:
-    assert (await counter.place("ann", key=key)).status_code == 201
-    assert (await counter.place("ann", key=key)).headers["idempotent-replayed"] == "true"
+async def test_any_printable_key_of_1_to_128_characters_is_taken(counter: Counter) -> None:
+    for key in ("k", "~" * 128, "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", '"quoted"'):
+        assert (await counter.place("ann", key=key)).status_code == 201
+        assert (await counter.place("ann", key=key)).headers["idempotent-replayed"] == "true"
 
 
 @on_sqlite
@@ -179,6 +180,7 @@ async def test_paying_and_the_notice_make_the_order_paid_once(counter: Counter) 
     await clean(counter.system)
 
 
+@on_sqlite
 async def test_paying_again_by_the_same_link_tells_of_the_same_trade(counter: Counter) -> None:
     placed = await counter.place("ann")
     notices = [(await counter.ask("POST", placed.json()["payment"]["payUrl"])).json() for _ in range(2)]
@@ -186,12 +188,13 @@ async def test_paying_again_by_the_same_link_tells_of_the_same_trade(counter: Co
 
 
 @on_sqlite
-async def test_an_order_as_dear_as_can_be_placed_can_be_paid(counter: Counter) -> None:
-    price = 1_000_000_000_000  # the highest price of a unit
+async def test_the_dearest_order_that_can_be_placed_can_be_paid(counter: Counter) -> None:
+    price = 1_000_000_000_000  # the highest price of a unit, and the highest amount of a notice
     body = {"title": "Dear", "priceMinor": price, "currency": "CNY"}
     assert (await counter.ask("PUT", "/v1/skus/SKU-1", counter.staff(), body=body)).status_code == 200
-    placed = await counter.place("ann", quantity=2)
-    assert placed.json()["amountMinor"] == 2 * price
+    async with counter.unchanged():
+        refused(await counter.place("ann", key="two", quantity=2), 400, "invalid_input")
+    placed = await counter.place("ann", key="one")
     answer = await pay(counter, placed)
     assert (answer.status_code, answer.text) == (200, "success")
     await becomes(counter.system, view_of(placed), OrderStatus.PAID)
@@ -251,38 +254,30 @@ async def test_a_receipt_counts_once_by_its_key(counter: Counter) -> None:
     assert booked == [{"actor": "boss"}, {"actor": "boss"}]
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"sku": "SKU-1", "quantity": 8},
-        {"sku": "SKU-1", "quantity": 7, "warehouse": "north"},
-        {"sku": "SKU-2", "quantity": 7},
-        {"sku": "SKU-BARE", "quantity": 7},
-    ],
-    ids=["quantity", "warehouse", "sku", "sku without stock"],
-)
-async def test_a_receipts_key_used_for_another_receipt_is_refused_and_books_nothing(
-    counter: Counter, other: dict[str, Any]
-) -> None:
+async def test_a_receipts_key_used_for_another_receipt_is_refused_and_books_nothing(counter: Counter) -> None:
     headers = counter.staff() | {"idempotency-key": "delivery-1"}
-    first = await counter.ask("POST", "/v1/stocks/receipts", headers, body={"sku": "SKU-1", "quantity": 7})
-    assert first.status_code == 201
-    async with counter.unchanged():
-        answer = await counter.ask("POST", "/v1/stocks/receipts", headers, body=other)
-    refused(answer, 422, "idempotency_key_reused")
+    first = {"sku": "SKU-1", "quantity": 7}
+    assert (await counter.ask("POST", "/v1/stocks/receipts", headers, body=first)).status_code == 201
+    for other in ({"quantity": 8}, {"warehouse": "north"}, {"sku": "SKU-2"}, {"sku": "SKU-BARE", "warehouse": "south"}):
+        async with counter.unchanged():
+            answer = await counter.ask("POST", "/v1/stocks/receipts", headers, body=first | other)
+        refused(answer, 422, "idempotency_key_reused")
 
 
 @on_sqlite
-@pytest.mark.parametrize("sku", ["receipts", "cancel", "sandbox", "v1", "1", "a" * 64, "a.b:c_d-e"])
-async def test_every_code_can_be_sold_and_asked_for(counter: Counter, sku: str) -> None:
-    body = {"title": "Odd name", "priceMinor": 5, "currency": "CNY"}
-    assert (await counter.ask("PUT", f"/v1/skus/{sku}", counter.staff(), body=body)).status_code == 200
-    receipt = counter.staff() | {"idempotency-key": "r-1"}
-    body = {"sku": sku, "quantity": 1}
-    assert (await counter.ask("POST", "/v1/stocks/receipts", receipt, body=body)).status_code == 201
-    assert (await counter.place("ann", sku=sku)).status_code == 201
-    answer = await counter.ask("GET", f"/v1/stocks/{sku}")
-    assert (answer.status_code, answer.json()) == (200, {"sku": sku, "available": 0})
+async def test_every_code_can_be_sold_and_asked_for(counter: Counter) -> None:
+    unanswered = {}
+    for sku in ("cancel", "sandbox", "v1", "1", "a" * 64, "a.b:c_d-e", "receipts"):
+        body: dict[str, Any] = {"title": "Odd name", "priceMinor": 5, "currency": "CNY"}
+        assert (await counter.ask("PUT", f"/v1/skus/{sku}", counter.staff(), body=body)).status_code == 200
+        body = {"sku": sku, "quantity": 1}
+        headers = counter.staff() | {"idempotency-key": f"receipt-{sku}"}
+        assert (await counter.ask("POST", "/v1/stocks/receipts", headers, body=body)).status_code == 201
+        assert (await counter.place("ann", key=f"order-{sku}", sku=sku)).status_code == 201
+        answer = await counter.ask("GET", f"/v1/stocks/{sku}")
+        if answer.status_code != 200 or answer.json() != {"sku": sku, "available": 0}:
+            unanswered[sku] = answer.text
+    assert unanswered == {}
 
 
 # --- Refusals that a good client meets --------------------------------------------------------------------------------
@@ -298,12 +293,13 @@ async def test_refusals_by_rule_say_why_and_change_nothing(idle: Counter) -> Non
         lines = [{"sku": "SKU-1", "quantity": 1}, {"sku": "SKU-EUR", "quantity": 1}]
         headers = idle.bearer("ann") | {"idempotency-key": "mixed"}
         refused(await idle.ask("POST", "/v1/orders", headers, body={"lines": lines}), 422, "mixed_currencies")
-        refused(await idle.ask("GET", "/v1/stocks/SKU-9"), 404, "unknown_sku")
+        refused(await idle.ask("GET", "/v1/stocks/SKU-9"), 404, "sku_not_found")
         headers = idle.staff() | {"idempotency-key": "r-9"}
         body = {"sku": "SKU-9", "quantity": 1, "warehouse": "new"}
-        refused(await idle.ask("POST", "/v1/stocks/receipts", headers, body=body), 404, "unknown_sku")
+        refused(await idle.ask("POST", "/v1/stocks/receipts", headers, body=body), 404, "sku_not_found")
 
 
+@on_sqlite
 async def test_no_token_is_answered_with_how_to_sign_in(idle: Counter) -> None:
     body = {"lines": [{"sku": "SKU-1", "quantity": 1}]}
     hot = await idle.ask("POST", "/v1/orders", {"idempotency-key": "key-1"}, body=body)
@@ -341,6 +337,7 @@ async def metrics(counter: Counter) -> dict[str, float]:
     }
 
 
+@on_sqlite
 async def test_metrics_show_the_size_of_group_commits_and_how_long_requests_waited(idle: Counter) -> None:
     name = json.dumps({"name": "main"})
     before = await metrics(idle)
@@ -371,20 +368,28 @@ async def test_what_strangers_write_in_paths_becomes_no_label(idle: Counter) -> 
 
 
 @on_sqlite
-async def test_the_openapi_document_names_every_route(idle: Counter) -> None:
+async def test_the_application_is_built_in_ways_that_its_framework_will_keep(idle: Counter) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        build_app(idle.system)
+    assert [str(each.message) for each in told] == []
+
+
+@on_sqlite
+async def test_the_openapi_document_names_every_route_but_the_two_hot_ones(idle: Counter) -> None:
     answer = await idle.ask("GET", "/schema/openapi.json")
     assert answer.status_code == 200
-    document = answer.json()
-    named = {(method.upper(), path) for path, verbs in document["paths"].items() for method in verbs}
-    hot: Any = build_app(idle.system)
-    routed = {(method, path) for method, path in hot._app._routes}
-    routed |= {
-        (method, route.path_format)
-        for route in hot._app._app.routes
-        for method in route.methods - {"OPTIONS"}
-        if not route.path_format.startswith(("/schema", "/healthz", "/metrics"))
+    named = {(method.upper(), path) for path, verbs in answer.json()["paths"].items() for method in verbs}
+    with deprecations_told_once():
+        routes = routes_of(build_app(idle.system))
+    missing = {(method, path) for method, path in routes if not path.startswith("/schema")} - named
+    assert missing == {
+        ("POST", "/v1/orders"),
+        ("POST", "/v1/notices/sandbox"),
+        ("GET", "/healthz/live"),
+        ("GET", "/healthz/ready"),
+        ("GET", "/metrics"),
     }
-    assert routed - named == set()
 
 
 # --- Traces -----------------------------------------------------------------------------------------------------------
@@ -406,6 +411,7 @@ async def traces(counter: Counter, routing_key: str) -> list[str]:
     return [msgspec.json.decode(row["headers"], type=dict[str, str]).get("traceparent", "") for row in found]
 
 
+@on_sqlite
 @pytest.mark.parametrize("routing_key", [topology.KEY_ORDER_CREATE, topology.KEY_ORDER_DUE, topology.KEY_STOCK_LOCKED])
 async def test_the_trace_of_placing_is_in_the_orders_messages(idle: Counter, routing_key: str) -> None:
     await watched(idle)
@@ -422,6 +428,7 @@ async def test_orders_of_one_batch_keep_their_own_traces(idle: Counter) -> None:
     assert sorted(await traces(idle, topology.KEY_ORDER_DUE)) == sorted(sent.values())
 
 
+@on_sqlite
 async def test_the_trace_of_cancelling_is_in_the_orders_last_message(idle: Counter) -> None:
     await watched(idle)
     placed = await idle.place("ann")
@@ -431,6 +438,7 @@ async def test_the_trace_of_cancelling_is_in_the_orders_last_message(idle: Count
     assert set(await traces(idle, topology.KEY_ORDER_CLOSED)) == {TRACEPARENT}
 
 
+@on_sqlite
 async def test_the_trace_of_a_notice_is_in_the_message_it_causes(idle: Counter) -> None:
     placed = await idle.place("ann")
     notice = (await idle.ask("POST", placed.json()["payment"]["payUrl"])).json()
@@ -455,30 +463,28 @@ NO_TRACE = {
 
 
 @on_sqlite
-@pytest.mark.parametrize("sent", NO_TRACE.values(), ids=NO_TRACE)
-async def test_without_a_usable_traceparent_each_request_begins_a_trace(idle: Counter, sent: str | None) -> None:
-    headers = {} if sent is None else {"traceparent": sent, "tracestate": "canary=1"}
-    for number in range(2):
-        assert (await idle.place("ann", key=f"key-{number}", headers=headers)).status_code == 201
+async def test_without_a_usable_traceparent_each_request_begins_a_trace(idle: Counter) -> None:
+    for name, sent in NO_TRACE.items():
+        headers = {} if sent is None else {"traceparent": sent, "tracestate": "canary=1"}
+        assert (await idle.place("ann", key=f"key-{name}".replace(" ", "-"), headers=headers)).status_code == 201
     found = await traces(idle, topology.KEY_ORDER_DUE)
-    assert len(found) == 2
+    assert len(found) == len(NO_TRACE)
     for trace in found:
         assert re.fullmatch(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", trace)
-    assert len({trace.split("-")[1] for trace in [*found, TRACEPARENT]}) == 3
+    assert len({trace.split("-")[1] for trace in [*found, TRACEPARENT]}) == len(NO_TRACE) + 1
     assert await count(idle.system, "SELECT id FROM hf_message WHERE headers LIKE '%canary%'") == 0
 
 
 @on_sqlite
-@pytest.mark.parametrize(
-    "sent",
-    [
-        {"traceparent": TRACEPARENT, "tracestate": "canary=" + "x" * LONG},
-        {"traceparent": f"01-{TRACE}-b7ad6b7169203331-01-" + "x" * LONG},
-    ],
-    ids=["tracestate", "traceparent of a later version"],
-)
-async def test_an_endless_trace_header_is_not_stored_with_every_message(idle: Counter, sent: dict[str, str]) -> None:
-    assert (await idle.place("ann", headers=sent)).status_code == 201
+async def test_an_endless_trace_header_is_not_stored_with_every_message(idle: Counter) -> None:
+    endless = "x" * 100_000
+    for number, sent in enumerate(
+        (
+            {"traceparent": TRACEPARENT, "tracestate": f"canary={endless}"},
+            {"traceparent": f"01-{TRACE}-b7ad6b7169203331-01-{endless}"},
+        )
+    ):
+        assert (await idle.place("ann", key=f"key-{number}", headers=sent)).status_code == 201
     stored = await rows(idle.system, "SELECT headers FROM hf_message")
     assert max(len(row["headers"]) for row in stored) < 2_000
 
@@ -486,53 +492,63 @@ async def test_an_endless_trace_header_is_not_stored_with_every_message(idle: Co
 # --- When it cannot be done now ---------------------------------------------------------------------------------------
 
 
-async def test_while_postgresql_is_away_requests_get_503_and_afterwards_their_answers() -> None:
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL of this module's own, to be crashed."""
     require_postgres()
     with PostgresServer() as server:
-        async with serving(settings_on(server.url(server.create_database()))) as counter:
-            await fill(counter.system)
-            before = await counter.place("ann", key="before")
-            notice = (await counter.ask("POST", before.json()["payment"]["payUrl"])).json()
-            assert (await counter.ask("GET", "/healthz/ready")).status_code == 200
-            server.crash()
-            refused(await counter.ask("GET", "/healthz/ready"), 503, "unavailable")
-            assert (await counter.ask("GET", "/healthz/live")).status_code == 200
-            meanwhile = [
-                await counter.place("ann", key="meanwhile"),
-                await counter.ask("GET", before.headers["location"], counter.bearer("ann")),
-                await counter.ask("POST", f"{before.headers['location']}/cancel", counter.bearer("ann")),
-                await counter.ask("GET", "/v1/stocks/SKU-1"),
-                await counter.notify(notice["body"].encode(), notice["signature"]),
-            ]
-            for answer in meanwhile:
-                detail = refused(answer, 503, answer.json()["code"])
-                assert answer.json()["code"] in {"unavailable", "outcome_unknown"}
-                assert "success" not in detail
-            server.restart()
-
-            async def ready() -> bool:
-                return (await counter.ask("GET", "/healthz/ready")).status_code == 200
-
-            await eventually(ready, "the process is ready again")
-            placed = [await counter.place("ann", key="meanwhile") for _ in range(2)]
-            assert [answer.status_code for answer in placed] == [201, 201]
-            assert placed[0].content == placed[1].content
-            assert await count(counter.system, "SELECT id FROM orders_order") == 2
-            told = await counter.notify(notice["body"].encode(), notice["signature"])
-            assert (told.status_code, told.text) == (200, "success")
+        yield server
 
 
-async def test_a_stranger_does_not_learn_where_the_database_is() -> None:
-    require_postgres()
-    with PostgresServer() as server:
-        async with serving(settings_on(server.url(server.create_database()))) as counter:
-            server.crash()
-            for _ in range(2):  # the first call finds dead connections, the second cannot make new ones
-                answer = await counter.ask("GET", "/v1/stocks/SKU-1")
-                detail = refused(answer, 503, "unavailable")
-                assert str(server.port) not in detail
-                assert "127.0.0.1" not in detail
-                assert "Errno" not in detail
+@pytest.fixture
+def fragile(own_server: PostgresServer) -> PostgresServer:
+    """The own server, up."""
+    if not own_server.running:
+        own_server.restart()
+    return own_server
+
+
+async def test_while_postgresql_is_away_requests_get_503_and_afterwards_their_answers(fragile: PostgresServer) -> None:
+    async with serving(settings_on(fragile.url(fragile.create_database()))) as counter:
+        await fill(counter.system)
+        before = await counter.place("ann", key="before")
+        notice = (await counter.ask("POST", before.json()["payment"]["payUrl"])).json()
+        assert (await counter.ask("GET", "/healthz/ready")).status_code == 200
+        fragile.crash()
+        refused(await counter.ask("GET", "/healthz/ready"), 503, "unavailable")
+        assert (await counter.ask("GET", "/healthz/live")).status_code == 200
+        meanwhile = [
+            await counter.place("ann", key="meanwhile"),
+            await counter.ask("GET", before.headers["location"], counter.bearer("ann")),
+            await counter.ask("POST", f"{before.headers['location']}/cancel", counter.bearer("ann")),
+            await counter.ask("GET", "/v1/stocks/SKU-1"),
+            await counter.notify(notice["body"].encode(), notice["signature"]),
+        ]
+        for answer in meanwhile:
+            assert answer.json()["code"] in {"unavailable", "outcome_unknown"}
+            refused(answer, 503, answer.json()["code"])
+        fragile.restart()
+
+        async def ready() -> bool:
+            return (await counter.ask("GET", "/healthz/ready")).status_code == 200
+
+        await eventually(ready, "the process is ready again")
+        placed = [await counter.place("ann", key="meanwhile") for _ in range(2)]
+        assert [answer.status_code for answer in placed] == [201, 201]
+        assert placed[0].content == placed[1].content
+        assert await count(counter.system, "SELECT id FROM order_order") == 2
+        told = await counter.notify(notice["body"].encode(), notice["signature"])
+        assert (told.status_code, told.text) == (200, "success")
+
+
+async def test_a_stranger_does_not_learn_where_the_database_is(fragile: PostgresServer) -> None:
+    async with serving(settings_on(fragile.url(fragile.create_database()))) as counter:
+        fragile.crash()
+        for _ in range(2):  # the first call may find dead connections, the second cannot make new ones
+            detail = refused(await counter.ask("GET", "/v1/stocks/SKU-1"), 503, "unavailable")
+            assert str(fragile.port) not in detail
+            assert "127.0.0.1" not in detail
+            assert "Errno" not in detail
 
 
 @on_sqlite
@@ -556,7 +572,7 @@ async def test_when_too_many_wait_further_requests_are_told_to_come_again(
     assert 8 <= len(turned_away) < 12
     for answer in turned_away:
         refused(answer, 503, "overloaded")
-    assert await count(system, "SELECT id FROM orders_order") == 12 - len(turned_away)
+    assert await count(system, "SELECT id FROM order_order") == 12 - len(turned_away)
 
 
 @on_sqlite
@@ -576,36 +592,24 @@ async def test_a_request_that_takes_too_long_has_an_unknown_outcome_and_the_same
             return (await counter.place("ann")).status_code == 201
 
         await eventually(placed, "the same key places the order")
-        assert await count(system, "SELECT id FROM orders_order") == 1
-
-
-@pytest.fixture
-def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], Callable[[], str]]]:
-    """Write logs in a form; gives what reads them."""
-
-    def begin(form: str) -> Callable[[], str]:
-        observe.configure_logs(form, "info")
-        return lambda: capsys.readouterr().err
-
-    yield begin
-    structlog.reset_defaults()
+        assert await count(system, "SELECT id FROM order_order") == 1
 
 
 @on_sqlite
 @pytest.mark.parametrize("form", ["console", "json"])
 async def test_a_fault_of_ours_is_told_without_content_and_logged_without_what_was_sent(
-    idle: Counter, monkeypatch: pytest.MonkeyPatch, logged: Callable[[str], Callable[[], str]], form: str
+    idle: Counter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
     async def break_down(*_: Any) -> None:
         raise LookupError("out of order")
 
     for verb in ("place", "get"):
         monkeypatch.setattr(idle.system.orders, verb, break_down)
-    read_logs = logged(form)
+    observe.configure_logs(form, "info")
     sent = {"cookie": "canary-cookie", "x-phone": "canary-phone"}
     hot = await idle.place("canary-buyer", key="canary-key", sku="canary-sku", headers=sent)
     cold = await idle.ask("GET", "/v1/orders/5?x=canary-query", idle.bearer("canary-buyer") | sent)
-    log = read_logs()
+    log = capsys.readouterr().err
     for answer in (hot, cold):
         assert (answer.status_code, answer.headers["content-type"]) == (500, PROBLEM)
         body = answer.json()

@@ -34,12 +34,13 @@ class Scenario:
     seconds: float = 0.0
     acknowledged: int = 0
     cut: int = 0
+    replayed: int = 0
     violations: int | None = None  # None: it did not come to a verdict
 
     def judge(self, n: int, history: History, violations: list[str]) -> None:
         """Note the outcome; fails with the violations and the seed if there are any."""
         self.n, self.violations = n, len(violations)
-        self.acknowledged, self.cut = len(history.placed), sum(history.cut.values())
+        self.acknowledged, self.cut, self.replayed = len(history.placed), history.cut_in_flight, history.replayed
         told = "\n".join(violations[:SHOWN])
         assert not violations, f"{len(violations)} violations, TORTURE_SEED={self.seed}:\n{told}"
 
@@ -47,10 +48,15 @@ class Scenario:
     def row(self) -> tuple[str, ...]:
         verdict = "none: it broke off" if self.violations is None else str(self.violations)
         bound = f"< {3 / self.n:.1%}" if self.violations == 0 else ""
-        return (self.name, str(self.n), f"{self.seconds:.0f}", str(self.acknowledged), str(self.cut), verdict, bound)
+        counts = (self.n, round(self.seconds), self.acknowledged, self.cut, self.replayed)
+        return (self.name, *map(str, counts), verdict, bound)
 
 
-HEAD = ("scenario", "N", "seconds", "acknowledged orders", "requests without answer", "violations", "3/N (95 %)")
+HEAD = ("scenario", "N", "seconds", "acknowledged orders", "cut in flight", "replayed", "violations", "3/N (95 %)")
+LEGEND = (
+    "cut in flight: sent and never answered; replayed: placed before the cut, and answered when its key was sent again",
+    "3/N: with no violation in N faults or rounds, the rate of violations is below this with 95 % confidence",
+)
 SCENARIOS = pytest.StashKey[list[Scenario]]()
 
 Times = Callable[[int, int], int]
@@ -84,9 +90,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for line in lines:
         first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         terminalreporter.write_line("  ".join([first.strip().ljust(widths[0]), *others]))
-    terminalreporter.write_line(
-        "3/N: with no failure in N tries the rate of failures is below this, with 95 % confidence"
-    )
+    for sentence in LEGEND:
+        terminalreporter.write_line(sentence)
 
 
 @pytest.fixture

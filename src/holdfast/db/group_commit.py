@@ -134,7 +134,7 @@ class GroupCommit:
                 _fail(batch, OutcomeUnknown("the process stopped while this was decided"))
                 raise
             if len(batch) == 1:
-                _fail(batch, error)
+                _fail(batch, error.failure if isinstance(error, _OwnFailure) else error)
                 return
             observe.batch_splits.labels(self._name).inc()
             middle = len(batch) // 2
@@ -165,10 +165,27 @@ class GroupCommit:
             for job in batch:
                 tx.caused(job.request, job.trace)
             for decide, indexes in verbs.items():
-                given = await decide(tx, [batch[index].request for index in indexes])
+                given = await _own_failures(decide, tx, [batch[index].request for index in indexes])
                 for index, answer in zip(indexes, given, strict=True):
                     answers[index] = answer
         return answers
+
+
+class _OwnFailure(Exception):
+    """A decision found a neighbour of its own away; the database is well, and the rest of the batch with it."""
+
+    def __init__(self, failure: HoldfastError) -> None:
+        super().__init__(failure)
+        self.failure = failure
+
+
+async def _own_failures(decide: Decide[Any, Any], tx: Tx, requests: Sequence[Any]) -> Sequence[Any]:
+    try:
+        return await decide(tx, requests)
+    except (Unavailable, OutcomeUnknown) as error:
+        if tx.void is None:
+            raise _OwnFailure(error) from error
+        raise
 
 
 def _give(job: _Job, answer: Any) -> None:

@@ -44,7 +44,7 @@ class Codec:
             raise CannotDecode(f"a body of {len(message.body)} bytes is over the limit of {BODY_BYTES_MAX}")
         try:
             return decoder.decode(message.body)
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        except Exception as error:  # a struct's own __post_init__ may raise anything, and another try cannot mend it
             raise CannotDecode(f"the body is no {message.type}: {_fault(error)}") from None
 
 
@@ -52,6 +52,8 @@ def _fault(error: Exception) -> str:
     """What is wrong and where, without a word of the body: msgspec quotes values of these two faults."""
     told = str(error)
     where = told[told.rindex(" - at ") :] if " - at " in told else ""
+    if not isinstance(error, (msgspec.DecodeError, RecursionError, UnicodeDecodeError)):
+        return f"its own rule refuses it ({type(error).__name__})"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 at byte {error.start}"
     if told.startswith("Invalid enum value"):

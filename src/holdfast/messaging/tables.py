@@ -36,6 +36,7 @@ messages = Table(
     Column("id", BigInteger, primary_key=True, autoincrement=False),
     Column("queue", Text, nullable=False),  # no foreign key: its check would lock the queue row for every message
     Column("due_us", BigInteger, nullable=False),
+    Column("ready_us", BigInteger, nullable=False),  # `due_us` as it was before anybody held it: the order of delivery
     Column("lease", BigInteger),
     Column("attempt", Integer, nullable=False),
     Column("deliveries", Integer, nullable=False),

@@ -28,6 +28,7 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("queue", sa.Text(), nullable=False),
         sa.Column("due_us", sa.BigInteger(), nullable=False),
+        sa.Column("ready_us", sa.BigInteger(), nullable=False),
         sa.Column("lease", sa.BigInteger(), nullable=True),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("deliveries", sa.Integer(), nullable=False),

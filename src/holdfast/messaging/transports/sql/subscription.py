@@ -40,6 +40,7 @@ log = observe.logger("sql_transport")
 _CLAIMED = (
     messages.c.id,
     messages.c.lease,
+    messages.c.ready_us,
     messages.c.attempt,
     messages.c.deliveries,
     messages.c.message_id,
@@ -78,6 +79,7 @@ def _put_back(_: Dialect) -> Executable:
         .where(messages.c.id == bindparam("row_id"), messages.c.lease == bindparam("held_lease"))
         .values(
             due_us=bindparam("again_us"),
+            ready_us=bindparam("again_us"),
             lease=null(),
             attempt=messages.c.attempt + bindparam("counted", type_=Integer),
         )
@@ -204,7 +206,7 @@ class SqlSubscription:
             new_lease=self._ids.next(),
         )
         if rows:
-            return _Claimed(sorted(rows, key=lambda row: int(row.id)), None)
+            return _Claimed(sorted(rows, key=lambda row: (row.ready_us, row.id)), None)
         (soonest,) = await _SOONEST.rows(tx, of_queue=self._queue)
         return _Claimed((), soonest.due_us)
 
@@ -247,7 +249,7 @@ class SqlSubscription:
         for settlement in rejected:
             kept = select(
                 *(messages.c[name] for name in _KEPT),
-                literal(settlement.reason[:4_000].replace("\x00", ""), Text),
+                literal(_storable(settlement.reason), Text),
                 literal(self._clock.now_us(), BigInteger),
             ).where(messages.c.id == settlement.delivery.receipt.row_id)
             await tx.execute(insert(parked).from_select([*_KEPT, "reason", "parked_us"], kept))
@@ -314,3 +316,8 @@ async def _move(tx: Tx, receipts: Sequence[Receipt], due_us: int, *, keep: bool)
     for lease in {receipt.lease for receipt in receipts}:
         row_ids = [receipt.row_id for receipt in receipts if receipt.lease == lease]
         await _MOVE.rows(tx, row_ids=row_ids, held_lease=lease, to_us=due_us, to_lease=lease if keep else None)
+
+
+def _storable(reason: str) -> str:
+    """A reason that any database takes: an error may say anything, NUL and half a surrogate pair included."""
+    return reason[:4_000].replace("\x00", "").encode("utf-8", "replace").decode()

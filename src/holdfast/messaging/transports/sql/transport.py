@@ -178,6 +178,7 @@ class SqlTransport:
             "id": self._ids.next(),
             "queue": queue,
             "due_us": due_us,
+            "ready_us": due_us,
             "lease": None,
             "attempt": 1,
             "deliveries": 0,
