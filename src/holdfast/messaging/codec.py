@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from holdfast.errors import CannotDecode, InvalidInput
+from holdfast.errors import CannotDecode, HoldfastError, InvalidInput
 from holdfast.messaging.message import JSON, Message
 
 BODY_BYTES_MAX = 16 * 1024 * 1024
@@ -53,7 +53,9 @@ def _fault(error: Exception) -> str:
     told = str(error)
     where = told[told.rindex(" - at ") :] if " - at " in told else ""
     if not isinstance(error, (msgspec.DecodeError, RecursionError, UnicodeDecodeError)):
-        return f"its own rule refuses it ({type(error).__name__})"
+        # A rule of ours says what it wants; what another error quotes may be the body.
+        said = f": {error.detail}" if isinstance(error, HoldfastError) else ""
+        return f"its own rule refuses it ({type(error).__name__}){said}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 at byte {error.start}"
     if told.startswith("Invalid enum value"):

@@ -144,18 +144,18 @@ class Listener:
             if settlement is not None:
                 await self._settle(subscription, settlement)
 
-    async def _settle(self, subscription: Subscription, settlement: Settlement) -> None:
-        """Settle, asking again while the transport is away; settling twice the same way does no harm."""
+    async def _settle(self, subscription: Subscription, settlement: Settlement) -> bool:
+        """Settle, asking again while the transport is away (twice does no harm); False when that was given up."""
         while True:
             try:
                 await subscription.settle([settlement])
             except HoldfastError as error:
                 log.warning("settle_failed", queue=settlement.delivery.queue, error=error.code, detail=error.detail)
                 if self._stopping.is_set() or not error.retryable:
-                    return
+                    return False
                 await self._pause(AWAY_S)
             else:
-                return
+                return True
 
     async def _handle(self, subscription: Subscription, delivery: Delivery) -> Settlement | None:
         """Run the handler and say how to settle; None when that is done already or not ours to do."""
@@ -164,8 +164,8 @@ class Listener:
             call = self._handler(subscription, delivery, body)
         except CannotDecode as error:
             return reject(delivery, error.detail)
-        if self._listen.ack == "none":
-            await self._settle(subscription, ack(delivery))
+        if self._listen.ack == "none" and not await self._settle(subscription, ack(delivery)):
+            return None  # it may come again, so nobody may have handled it
         failure = await self._try_locally(delivery, call)
         if self._listen.ack != "auto":
             if failure is not None:
@@ -187,6 +187,8 @@ class Listener:
 
             async def call() -> None:
                 async with self._slots:
+                    if self._stopping.is_set():
+                        raise ShuttingDown("stopped before this message's turn")
                     await handler(Incoming(body=body, delivery=delivery, settle=settle))
 
             return call

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import msgspec
 from sqlalchemy import (
     BigInteger,
+    ColumnElement,
     Executable,
     Integer,
     Text,
@@ -129,6 +130,7 @@ class SqlSubscription:
         clock: Clock,
         ids: IdSource,
         wakeups: Wakeups,
+        tell: Callable[[set[tuple[str, int]]], None],
         prefetch: int,
         lease_us: int,
         poll_us: int,
@@ -138,6 +140,7 @@ class SqlSubscription:
         self._clock = clock
         self._ids = ids
         self._wakeups = wakeups
+        self._tell = tell
         self._waiter = Waiter(clock)
         self._in_flight = observe.messages_in_flight.labels(queue)
         self._prefetch = prefetch
@@ -162,6 +165,7 @@ class SqlSubscription:
             await asyncio.wait([self._renewal])
         if self._held:
             await self._group.submit(self._give_back, list(self._held.values()))
+            self._in_flight.dec(len(self._held))
             self._held.clear()
 
     def stop(self) -> None:
@@ -177,8 +181,9 @@ class SqlSubscription:
                 claimed = await self._group.submit(self._claim, room)
                 if claimed.rows:
                     return [self._delivery(row) for row in claimed.rows]
-                if claimed.next_due_us is not None:
+                if claimed.next_due_us is not None and claimed.next_due_us > self._clock.now_us():
                     until_us = min(until_us, claimed.next_due_us)
+                # One that is due and was not claimed is locked by another transaction; polling finds it.
             await self._waiter.sleep(until_us)
         return []
 
@@ -238,7 +243,7 @@ class SqlSubscription:
             by_kind.setdefault(settlement.kind, []).append(settlement)
         if rejected := by_kind.get("reject"):
             await self._park(tx, rejected)
-        if gone := by_kind.get("ack", []) + by_kind.get("reject", []):
+        if gone := by_kind.get("ack"):
             row_ids = [settlement.delivery.receipt.row_id for settlement in gone]
             await _DELETE.rows(tx, row_ids=row_ids)
         if again := by_kind.get("retry"):
@@ -251,8 +256,11 @@ class SqlSubscription:
                 *(messages.c[name] for name in _KEPT),
                 literal(_storable(settlement.reason), Text),
                 literal(self._clock.now_us(), BigInteger),
-            ).where(messages.c.id == settlement.delivery.receipt.row_id)
-            await tx.execute(insert(parked).from_select([*_KEPT, "reason", "parked_us"], kept))
+            ).where(_held_by(settlement))
+            moved = await tx.execute(insert(parked).from_select([*_KEPT, "reason", "parked_us"], kept))
+            await tx.execute(delete(messages).where(_held_by(settlement)))
+            if not moved.rowcount:
+                continue
             log.warning(
                 "message_parked",
                 queue=self._queue,
@@ -275,7 +283,7 @@ class SqlSubscription:
         ]
         await _PUT_BACK.many(tx, rows)
         dues = [(self._queue, int(str(row["again_us"]))) for row in rows]
-        tx.on_commit(lambda: self._wakeups.tell(dues))
+        tx.on_commit(lambda: self._tell(set(dues)))
 
     def _settled(self, settlements: Sequence[Settlement]) -> None:
         for settlement in settlements:
@@ -307,7 +315,7 @@ class SqlSubscription:
         now_us = self._clock.now_us()
         for group in groups:
             await _move(tx, group, now_us, keep=False)
-        tx.on_commit(lambda: self._wakeups.tell([(self._queue, now_us)]))
+        tx.on_commit(lambda: self._tell({(self._queue, now_us)}))
         return [None for _ in groups]
 
 
@@ -316,6 +324,13 @@ async def _move(tx: Tx, receipts: Sequence[Receipt], due_us: int, *, keep: bool)
     for lease in {receipt.lease for receipt in receipts}:
         row_ids = [receipt.row_id for receipt in receipts if receipt.lease == lease]
         await _MOVE.rows(tx, row_ids=row_ids, held_lease=lease, to_us=due_us, to_lease=lease if keep else None)
+
+
+def _held_by(settlement: Settlement) -> ColumnElement[bool]:
+    """The message, if its lease is still ours: one whose lease ran out is for its new holder to decide."""
+    receipt = settlement.delivery.receipt
+    held: ColumnElement[bool] = (messages.c.id == receipt.row_id) & (messages.c.lease == receipt.lease)
+    return held
 
 
 def _storable(reason: str) -> str:

@@ -114,6 +114,7 @@ class SqlTransport:
         rows: list[dict[str, object]] = []
         for outgoing in batch:
             try:
+                _refuse_unstorable(outgoing)
                 reached = await routing.queues_for(tx, outgoing.message)
             except PublishRejected as error:
                 outcomes.append(error)
@@ -144,6 +145,7 @@ class SqlTransport:
             clock=self._clock,
             ids=self._ids,
             wakeups=self._wakeups,
+            tell=self._tell,
             prefetch=prefetch,
             lease_us=self._settings.lease_ms * US_PER_MS,
             poll_us=self._settings.poll_ms * US_PER_MS,
@@ -198,6 +200,25 @@ class SqlTransport:
         if self._tell_others is not None:
             for queue, due_us in dues:
                 self._tell_others(queue, due_us)
+
+
+def _refuse_unstorable(outgoing: Outgoing) -> None:
+    """Raise `PublishRejected` for text that no database stores: NUL, or half a surrogate pair."""
+    message = outgoing.message
+    texts = (message.exchange, message.routing_key, message.message_id, message.type, message.content_type)
+    for text in (*texts, outgoing.cancel_key or "", *message.headers, *message.headers.values()):
+        if "\x00" in text or not (text.isascii() or _is_unicode(text)):
+            raise PublishRejected(
+                f"message {message.message_id!r:.60}: {text!r:.60} holds characters that cannot be stored"
+            )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_route(outgoing: Outgoing) -> Unroutable:
