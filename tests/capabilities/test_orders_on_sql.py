@@ -16,7 +16,8 @@ from holdfast.clock import US_PER_S, ManualClock
 from holdfast.db.database import Tx
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import OrderClosed, OrderCreated, OrderDue, PaymentSucceeded, StockLocked
-from holdfast.services.orders.model import KeyReused, NotCancellable, OrderLine, OrderStatus, Placed, PlaceRequest
+from holdfast.services.contracts.refusals import KeyReused
+from holdfast.services.orders.model import NotCancellable, OrderLine, OrderStatus, Placed, PlaceRequest
 from holdfast.services.orders.place import PlaceOrders
 from holdfast.services.payments.model import ENDED, Verdict
 from holdfast.services.payments.sandbox import TradeClosed

@@ -627,6 +627,23 @@ async def test_in_none_mode_the_handler_does_not_run_for_a_message_that_could_no
     assert desk.got == []
 
 
+async def test_in_none_mode_stop_gives_back_what_no_handler_has_begun(start_system: StartSystem) -> None:
+    """A message is acked when its handler's turn has come, not before: an ordinary stop must not lose the backlog."""
+    system = await office(start_system)
+    desk = Desk()
+    desk.open.clear()
+    listener = system.listen(plainly(desk.handle, ack="none", concurrency=1))
+    await send(system, "running", "2", "3", "4")
+    await desk.has(1)
+    await turn(system)
+    stopping = asyncio.create_task(listener.stop(WAIT_S))
+    await turn(system)
+    desk.open.set()
+    await stopping
+    assert desk.got == ["running"]
+    assert await counts(system) == (3, 0, 0)
+
+
 # -- trace ------------------------------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from holdfast import observe
 from holdfast.bootstrap import System
-from holdfast.errors import AlreadySettled
+from holdfast.db.database import Tx
+from holdfast.errors import AlreadySettled, HoldfastError
 from holdfast.messaging.message import Delivery, ack, reject, retry
 from holdfast.messaging.transport import Subscription
 from holdfast.settings import Settings
@@ -487,6 +489,46 @@ async def test_a_consumer_does_not_spin_while_another_process_locks_a_due_messag
         await pass_time(system, clock, system.settings.messaging.poll_ms / 1_000)
         assert texts(await waiting) == ["hello"]
     assert looks <= 2  # the clock stands still: one look, then sleep until the next poll
+
+
+async def test_a_locked_due_message_does_not_hide_when_the_next_one_is_due(
+    start_system: StartSystem, settings: Settings
+) -> None:
+    clock = manual_clock()
+    system = await office(start_system, with_messaging(settings, **NO_POLLING), clock)
+    needs_several_processes(system)
+    await send(system, "locked", cancel_key="locked")
+    await send(system, "in 1 s", delay_ms=1_000)
+    async with system.transport.subscribe(QUEUE, prefetch=1) as subscription, rolled_back(system) as tx:
+        assert await system.outbox.cancel(tx, "locked") == 1
+        waiting = asyncio.create_task(take(subscription))
+        await pass_time(system, clock, 1)
+        assert texts(await asyncio.wait_for(waiting, 5)) == ["in 1 s"]
+
+
+async def test_a_message_that_becomes_due_while_the_consumer_looks_is_not_left_for_the_next_poll(
+    start_system: StartSystem, settings: Settings
+) -> None:
+    clock = manual_clock()
+    system = await office(start_system, with_messaging(settings, **NO_POLLING), clock)
+    needs_shared_database(system)
+    looked, commit = asyncio.Event(), asyncio.Event()
+
+    async def slowly(tx: Tx, requests: Sequence[None]) -> list[HoldfastError | None]:
+        looked.set()
+        await commit.wait()
+        return [None for _ in requests]
+
+    await send(system, "in 1 s", delay_ms=1_000)
+    async with system.transport.subscribe(QUEUE, prefetch=1) as subscription:
+        # Both stand in one batch: the look comes first, and its transaction takes longer than the message's delay.
+        waiting = asyncio.create_task(take(subscription))
+        beside = asyncio.create_task(system.group.submit(slowly, None))
+        await looked.wait()
+        clock.advance(1)
+        commit.set()
+        await beside
+        assert texts(await asyncio.wait_for(waiting, 5)) == ["in 1 s"]
 
 
 async def test_a_restarted_system_gets_what_was_given_back_without_waiting_for_the_lease(settings: Settings) -> None:

@@ -7,8 +7,10 @@ import copy
 import hashlib
 import hmac
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from hypothesis import HealthCheck, Phase, settings
 
 from holdfast.edge.http.auth import STAFF
 from tests.edge.counter import TABLES, TOKEN_SECRET
@@ -64,6 +66,17 @@ RECEIVE = Route(
 ROUTES = {"place": PLACE, "keep": KEEP, "receive": RECEIVE}
 
 
+NOTICE = {
+    "eventId": "evt-1",
+    "merchantId": "holdfast-demo",
+    "paymentId": "77",
+    "tradeNo": "trade-1",
+    "amountMinor": 1_000,
+    "currency": "CNY",
+    "paidAt": "2026-01-31T08:30:00Z",
+}
+
+
 class Bad(NamedTuple):
     """A bad body and what it is to be answered with."""
 
@@ -89,6 +102,19 @@ BAD_CODES = (
     *("a,b", "\xe9", "\uff41", "\u0661", "a\u200b", "a\u202eb", "票", "x" * 65, "x" * 10_000),
 )
 BAD_CURRENCIES = ("", "CN", "CNYX", "cny", "C1Y", " CNY", "CNY ", "\uff23\uff2e\uff39", "CÑY", "123", "€")
+
+
+def fuzz(examples: int = 200) -> Callable[[Any], Any]:
+    """The same examples in each run."""
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate],  # the examples are small as they are
+        report_multiple_bugs=False,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 
 
 def bodies(route: Route) -> Iterator[Bad]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 from urllib.parse import quote_from_bytes
 from weakref import WeakKeyDictionary
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.edge import bad
-from tests.edge.bad import Route
+from tests.edge.bad import NOTICE, Route, fuzz
 from tests.edge.counter import Counter, State, refused, same, signed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-EXAMPLES = 200
 REFUSALS = {400, 401, 403, 404, 405, 409, 413, 422}
 
 SCALARS = (
@@ -42,16 +41,6 @@ VALUES = st.recursive(
 )
 CODES = st.sampled_from(["SKU-1", "SKU-2", "SKU-EUR", "SKU-BARE", "SKU-9"]) | SCALARS
 LINE = st.fixed_dictionaries({"sku": CODES, "quantity": st.integers(1, 3) | SCALARS})
-
-NOTICE = {
-    "eventId": "evt-1",
-    "merchantId": "holdfast-demo",
-    "paymentId": "77",
-    "tradeNo": "trade-1",
-    "amountMinor": 1_000,
-    "currency": "CNY",
-    "paidAt": "2026-01-31T08:30:00Z",
-}
 
 serial = itertools.count()
 known: WeakKeyDictionary[Counter, State] = WeakKeyDictionary()  # what a database held after the last refusal
@@ -82,19 +71,6 @@ def anything(good: dict[str, Any]) -> st.SearchStrategy[bytes]:
         values.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")),
         damaged(good),
         st.binary(max_size=200),
-    )
-
-
-def fuzz(examples: int = EXAMPLES) -> Callable[[Any], Any]:
-    """The same examples in each run."""
-    return settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.explicit, Phase.generate],  # the examples are small as they are
-        report_multiple_bugs=False,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,9 @@ async def torment(scene: Scene, fault: Fault, times: int, scenario: Scenario) ->
             for _ in range(times):
                 await crowd.progress(ORDERS_BETWEEN)
                 await asyncio.sleep(scene.chance.uniform(0.0, MOMENT_S))
+                struck = time.monotonic()
                 await fault()
+                await crowd.progress(1)
+                scenario.back_s = max(scenario.back_s, time.monotonic() - struck)
             await crowd.progress(ORDERS_BETWEEN)
         scenario.judge(times, history, await violations(scene.shop, client, history))

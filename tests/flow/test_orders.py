@@ -18,10 +18,10 @@ from holdfast.errors import HoldfastError, InvalidInput, Unavailable
 from holdfast.messaging.tables import messages
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import OrderClosed, OrderDue, RefundRequested
+from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.contracts.values import TradeEnd
 from holdfast.services.orders import service as orders_service
 from holdfast.services.orders.model import (
-    KeyReused,
     MixedCurrencies,
     NotCancellable,
     OrderLine,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import jwt
 import msgspec
 from litestar import Request
+from litestar.connection import ASGIConnection
+from litestar.handlers import BaseRouteHandler
 
 from holdfast.clock import US_PER_S, Clock
 from holdfast.edge.http.problems import Forbidden, Unauthorized
@@ -68,7 +71,9 @@ class Tokens:
         except jwt.PyJWTError:
             raise Unauthorized("the bearer token is not valid; get a new one") from None
         expires = claims["exp"]
-        if not isinstance(expires, (int, float)) or expires * US_PER_S <= self._clock.now_us():
+        if not isinstance(expires, (int, float)) or not math.isfinite(expires):
+            raise Unauthorized("the bearer token names no usable time of expiry")
+        if expires * US_PER_S <= self._clock.now_us():
             raise Unauthorized("the bearer token has expired; get a new one")
         subject, scope = claims["sub"], claims.get("scope", "")
         if not isinstance(subject, str) or not _SUBJECT.fullmatch(subject) or not isinstance(scope, str):
@@ -87,3 +92,9 @@ def staff(request: Request[Any, Any, Any]) -> Caller:
     found = caller(request)
     found.require(STAFF)
     return found
+
+
+def staff_only(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """The guard of routes for staff: it comes before the body is read. Raises `Unauthorized` or `Forbidden`."""
+    tokens: Tokens = connection.app.state.tokens
+    tokens.caller(connection.headers.get("authorization", "")).require(STAFF)

@@ -7,12 +7,13 @@ small JSON body, Litestar 2.25). On sale day everybody asks for the same two thi
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 import msgspec
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from holdfast.edge.http.problems import MEDIA_TYPE, BodyTooLarge, answer
+from holdfast.edge.http.problems import MEDIA_TYPE, BodyTooLarge, answer, problem
 from holdfast.errors import InvalidInput
 
 Headers = Mapping[str, str]
@@ -27,7 +28,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     headers: Mapping[str, str] = {}
 
 
-Handler = Callable[[Headers, bytes], Awaitable[Reply]]
+ReadBody = Callable[[], Awaitable[bytes]]
+Handler = Callable[[Headers, ReadBody], Awaitable[Reply]]
 
 
 class HotRoutes:
@@ -41,19 +43,27 @@ class HotRoutes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         handler = None
         if scope["type"] == ScopeType.HTTP:
-            handler = self._routes.get((scope["method"], scope["path"]))
+            handler = self._routes.get((scope["method"], scope["path"])) or self._wrong_method(scope["path"])
         if handler is None:
             await self._app(scope, receive, send)
             return
         scope["path_template"] = scope["path"]
         try:
-            reply = await handler(_headers(scope), await self._body(receive))
+            reply = await handler(_headers(scope), partial(self._body, receive))
         except Exception as error:
-            problem, headers = answer(error)
-            reply = Reply(
-                status=problem.status, body=msgspec.json.encode(problem), media_type=MEDIA_TYPE, headers=headers
-            )
+            told, headers = answer(error)
+            reply = Reply(status=told.status, body=msgspec.json.encode(told), media_type=MEDIA_TYPE, headers=headers)
         await _send(reply, send)
+
+    def _wrong_method(self, path: str) -> Handler | None:
+        """For a path of ours the answer to every other method; None for a path that is not ours."""
+        allowed = ", ".join(method for method, known in self._routes if known == path)
+
+        async def refuse(_: Headers, __: ReadBody) -> Reply:
+            body = msgspec.json.encode(problem(405, "method_not_allowed", f"use {allowed}"))
+            return Reply(status=405, body=body, media_type=MEDIA_TYPE, headers={"allow": allowed})
+
+        return refuse if allowed else None
 
     async def _body(self, receive: Receive) -> bytes:
         chunks: list[bytes] = []

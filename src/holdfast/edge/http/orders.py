@@ -11,9 +11,9 @@ from litestar.di import Provide
 
 from holdfast.bootstrap import System
 from holdfast.edge.http.auth import Caller, Tokens, caller
-from holdfast.edge.http.hot import Handler, Headers, Reply
-from holdfast.errors import InvalidInput
-from holdfast.services.orders.model import IdempotencyKey, OrderLine, OrderNotFound, OrderView, PlaceRequest
+from holdfast.edge.http.hot import Handler, Headers, ReadBody, Reply
+from holdfast.edge.http.reading import body_of, idempotency_key
+from holdfast.services.orders.model import OrderLine, OrderNotFound, OrderView, PlaceRequest
 
 _ID = re.compile(r"[1-9][0-9]{0,18}")
 ID_MAX = 2**63 - 1
@@ -26,22 +26,16 @@ class PlaceBody(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbi
     lines: list[OrderLine]
 
 
-_decode_body = msgspec.json.Decoder(PlaceBody).decode
+_read_body = body_of(PlaceBody)
 
 
 def placing(system: System, tokens: Tokens) -> Handler:
     """`POST /v1/orders`: hold the stock and open the payment; the same key and lines again give the same answer."""
 
-    async def place(headers: Headers, raw: bytes) -> Reply:
+    async def place(headers: Headers, raw: ReadBody) -> Reply:
         caller = tokens.caller(headers.get("authorization", ""))
-        try:
-            key = msgspec.convert(headers.get("idempotency-key", ""), IdempotencyKey)
-        except msgspec.ValidationError as error:
-            raise InvalidInput(f"the header Idempotency-Key is missing or wrong: {error}") from None
-        try:
-            body = _decode_body(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise InvalidInput(f"the body is wrong: {error}") from None
+        key = idempotency_key(headers)
+        body = _read_body(await raw())
         wish = PlaceRequest(buyer=caller.subject, idempotency_key=key, lines=tuple(body.lines))
         placed = await system.orders.place(wish)
         extra = {"location": f"/v1/orders/{placed.order_id}"}

@@ -7,7 +7,7 @@ from typing import Any
 from litestar import Router, post
 
 from holdfast.bootstrap import System
-from holdfast.edge.http.hot import Handler, Headers, Reply
+from holdfast.edge.http.hot import Handler, Headers, ReadBody, Reply
 from holdfast.services.payments.sandbox import SignedNotice
 
 
@@ -22,8 +22,8 @@ def noticing(system: System) -> Handler:
     The plain answer `success` means that all of that is committed; anything else asks the provider to send it again.
     """
 
-    async def notice(headers: Headers, raw: bytes) -> Reply:
-        await system.payments.notice(system.sandbox.name, headers, raw)
+    async def notice(headers: Headers, raw: ReadBody) -> Reply:
+        await system.payments.notice(system.sandbox.name, headers, await raw())
         return Reply(status=200, body=b"success", media_type="text/plain; charset=utf-8")
 
     return notice

@@ -18,7 +18,8 @@ from holdfast.errors import (
     Refused,
     Unavailable,
 )
-from holdfast.services.orders.model import KeyReused, MixedCurrencies, OrderNotFound
+from holdfast.services.contracts.refusals import KeyReused
+from holdfast.services.orders.model import MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
 from holdfast.services.payments.service import UnknownProvider
 from holdfast.services.stock.actions import UnknownSku

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from litestar import Router, get, post, put
+from litestar import Request, Router, get, post, put
 from litestar.di import Provide
-from litestar.params import Parameter
 
 from holdfast.bootstrap import System
-from holdfast.edge.http.auth import Caller, staff
+from holdfast.edge.http.auth import Caller, staff, staff_only
+from holdfast.edge.http.reading import body_of, idempotency_key
 from holdfast.errors import InvalidInput
 from holdfast.services.contracts.values import Code, Currency, Quantity
-from holdfast.services.orders.model import IdempotencyKey
 from holdfast.services.stock.model import Level, Receipt, Sku, Title, UnitPrice
 
 
@@ -40,6 +39,16 @@ class ReceiptBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     warehouse: Code = "main"
 
 
+# The guard comes before the body is read, the dependency hands on who it is.
+STAFF_ONLY: dict[str, Any] = {
+    "guards": [staff_only],
+    "dependencies": {"caller": Provide(staff, sync_to_thread=False)},
+}
+
+_read_sku = body_of(SkuBody)
+_read_receipt = body_of(ReceiptBody)
+
+
 @get("/stocks/{sku:str}", summary="How many are left")
 async def available(sku: str, system: System) -> Availability:
     """Units of a SKU that can be ordered now, over all warehouses."""
@@ -47,7 +56,12 @@ async def available(sku: str, system: System) -> Availability:
     return Availability(sku=sku, available=sum(level.available for level in levels))
 
 
-@get("/stocks", summary="All levels (staff)", dependencies={"caller": Provide(staff, sync_to_thread=False)})
+@get(
+    "/stocks",
+    summary="All levels (staff)",
+    guards=[staff_only],
+    dependencies={"caller": Provide(staff, sync_to_thread=False)},
+)
 async def levels(caller: Caller, system: System) -> list[Level]:
     """Every SKU in every warehouse with its counters."""
     return await system.stock.levels()
@@ -56,10 +70,12 @@ async def levels(caller: Caller, system: System) -> list[Level]:
 @put(
     "/skus/{sku:str}",
     summary="Create or change a SKU (staff)",
+    guards=[staff_only],
     dependencies={"caller": Provide(staff, sync_to_thread=False)},
 )
-async def keep(sku: str, data: SkuBody, caller: Caller, system: System) -> Sku:
+async def keep(sku: str, body: bytes, caller: Caller, system: System) -> Sku:
     """Set title and price; orders keep the price they were placed at."""
+    data = _read_sku(body)
     wanted = Sku(sku=checked(sku), title=data.title, price_minor=data.price_minor, currency=data.currency)
     return await system.stock.keep_sku(wanted)
 
@@ -67,17 +83,20 @@ async def keep(sku: str, data: SkuBody, caller: Caller, system: System) -> Sku:
 @post(
     "/stocks/receipts",
     summary="Book units that came in (staff)",
+    guards=[staff_only],
     dependencies={"caller": Provide(staff, sync_to_thread=False)},
 )
 async def receive(
-    data: ReceiptBody,
+    request: Request[Any, Any, Any],
+    body: bytes,
     caller: Caller,
     system: System,
-    idempotency_key: Annotated[IdempotencyKey, Parameter(header="Idempotency-Key")],
 ) -> list[Level]:
     """Book a receipt once per key; answers the SKU's levels."""
+    key = idempotency_key(request.headers)
+    data = _read_receipt(body)
     receipt = Receipt(
-        key=idempotency_key,
+        key=key,
         sku=data.sku,
         warehouse=data.warehouse,
         quantity=data.quantity,

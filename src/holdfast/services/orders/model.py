@@ -110,12 +110,6 @@ class MixedCurrencies(Refused):
     code = "mixed_currencies"
 
 
-class KeyReused(Refused):
-    """This idempotency key was used for another order; use a new key for a new order."""
-
-    code = "idempotency_key_reused"
-
-
 class OrderNotFound(Refused):
     """There is no such order of this buyer."""
 

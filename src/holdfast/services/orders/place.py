@@ -16,10 +16,10 @@ from holdfast.ids import IdSource
 from holdfast.messaging.outbox import Draft, Outbox
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import OrderCreated, OrderDue
+from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.contracts.values import Bill, PaymentRef, Wanted
 from holdfast.services.orders import store
 from holdfast.services.orders.model import (
-    KeyReused,
     OrderStatus,
     Placed,
     PlaceRequest,

@@ -15,6 +15,7 @@ from holdfast.ids import IdSource
 from holdfast.messaging.outbox import Draft, Outbox
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import StockLocked
+from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.contracts.values import Price, Shortage, Wanted
 from holdfast.services.stock import store
 from holdfast.services.stock.model import DEDUCTED, HELD, RELEASED, Detail, Receipt, Sku, allocate
@@ -129,7 +130,7 @@ class Stock:
             insert(tx.dialect, store.ledger).values(**entry).on_conflict_do_nothing(index_elements=["kind", "cause"])
         )
         if (await tx.execute(booked)).rowcount == 0:
-            return None  # this receipt was booked before
+            return await self._booked_before(tx, receipt)
         level = insert(tx.dialect, store.levels).values(
             sku=receipt.sku,
             warehouse=receipt.warehouse,
@@ -144,6 +145,13 @@ class Stock:
         }
         await tx.execute(level.on_conflict_do_update(index_elements=["sku", "warehouse"], set_=more))
         return None
+
+    async def _booked_before(self, tx: Tx, receipt: Receipt) -> KeyReused | None:
+        """A receipt booked under this key: the very same one is no news, another one is refused."""
+        found = select(store.ledger).where(store.ledger.c.kind == "receive", store.ledger.c.cause == receipt.key)
+        booked = (await tx.execute(found)).one()
+        same = (booked.sku, booked.warehouse, booked.available_delta)
+        return None if same == (receipt.sku, receipt.warehouse, receipt.quantity) else KeyReused()
 
     async def _write_holds(self, tx: Tx, held: Sequence[tuple[int, Sequence[Detail]]]) -> None:
         now_us = self._clock.now_us()

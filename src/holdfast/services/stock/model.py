@@ -16,7 +16,7 @@ RELEASED = 2
 DEDUCTED = 3
 
 
-Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+\Z")]
+Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+\Z")]
 UnitPrice = Annotated[int, Meta(ge=1, le=1_000_000_000_000)]
 
 

@@ -1,0 +1,39 @@
+"""What is read from a request: its idempotency key and its body, or the sender is told what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import msgspec
+
+from holdfast.errors import InvalidInput
+from holdfast.services.orders.model import IdempotencyKey
+
+T = TypeVar("T")
+
+
+def body_of(kind: type[T]) -> Callable[[bytes], T]:
+    """A strict reader of JSON bodies; it raises `InvalidInput` for whatever is no such body, however odd."""
+    decode = msgspec.json.Decoder(kind).decode
+
+    def read(raw: bytes) -> T:
+        try:
+            return decode(raw)
+        except msgspec.DecodeError as error:
+            raise InvalidInput(f"the body is wrong: {error}") from None
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"the body is wrong: not UTF-8 at byte {error.start}") from None
+        except RecursionError:
+            raise InvalidInput("the body is wrong: nested too deeply") from None
+
+    return read
+
+
+def idempotency_key(headers: Mapping[str, str]) -> str:
+    """The header Idempotency-Key: 1 to 128 visible ASCII characters; raises `InvalidInput`."""
+    try:
+        key: str = msgspec.convert(headers.get("idempotency-key", ""), IdempotencyKey)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"the header Idempotency-Key is missing or wrong: {error}") from None
+    return key
