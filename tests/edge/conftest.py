@@ -63,7 +63,7 @@ async def shared(
         require_postgres()
     with BACKENDS[request.param](tmp_path_factory.mktemp("shared"), postgres_session) as url:
         async with serving(settings_on(url)) as counter:
-            await fill(counter.system)
+            await fill(counter.system, units=1_000)
             yield counter
 
 
@@ -71,5 +71,5 @@ async def shared(
 async def shared_on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Counter]:
     """A shop without workers for a whole module, where the database does not matter."""
     async with serving(settings_on(f"sqlite:///{tmp_path_factory.mktemp('shared')}/holdfast.db")) as counter:
-        await fill(counter.system)
+        await fill(counter.system, units=1_000)
         yield counter

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -123,8 +124,8 @@ class Counter:
         yield
         same(before, await self.state())
 
-    async def raw(self, data: bytes, *, then_eof: bool = False) -> bytes:
-        """Send bytes on a connection of their own and read until the server closes it."""
+    async def raw(self, data: bytes, *, then_eof: bool = False, one_answer: bool = False) -> bytes:
+        """Send bytes on a connection of their own and read until the server closes it, or only its first answer."""
         host, port = self.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
@@ -133,7 +134,11 @@ class Counter:
             if then_eof:
                 writer.write_eof()
             async with asyncio.timeout(WAIT_S):
-                return await reader.read(-1)
+                if not one_answer:
+                    return await reader.read(-1)
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head)
+                return head + await reader.readexactly(int(length[1]) if length else 0)
         except (ConnectionResetError, BrokenPipeError):
             return b""  # the server closed before it had read everything
         finally:

@@ -216,7 +216,17 @@ UNKNOWN = (
     *("/", "//", "/v1", "/v2/orders", "/V1/orders", "/v1/Orders", "/v1//orders", "//v1/orders", "/v1/order"),
     *("/orders", "/v1/orders/1/pay", "/v1/orders/1/cancel/2", "/v1/notices", "/v1/notices/other"),
     *("/v1/notices/sandbox/1", "/sandbox", "/sandbox/pay", "/sandbox/pay/a/b", "/v1/skus", "/v1/skus/a/b"),
-    *("/metrics/x", "/healthz", "/admin", "/console", "/docs", "/favicon.ico", "/.env", "/.git/config"),
+    *(
+        "/metrics/x",
+        "/healthz",
+        "/admin",
+        "/console",
+        "/docs",
+        "/schema/nothing",
+        "/favicon.ico",
+        "/.env",
+        "/.git/config",
+    ),
     *("/etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/%00", "/%ff", "/v1/orders%00", "/v1/orders%20"),
     *("/v1/orders;x=1", "/v1%2Forders%2F1%2Fcancel%2Fx", "/" + "x" * 20_000, "/*", "/~"),
 )

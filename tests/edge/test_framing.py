@@ -122,9 +122,11 @@ async def test_a_body_too_large_is_refused_without_being_read_to_its_end(shared_
         ([CHUNKED], chunks(*many, GOOD[name])),
         ([CHUNKED], chunks(*many, end=b"")),
     ):
+        written = request(shared_on_sqlite, bad.ROUTES[name], *headers, body=body)
         async with shared_on_sqlite.unchanged():
-            answer = await shared_on_sqlite.raw(request(shared_on_sqlite, bad.ROUTES[name], *headers, body=body))
-        assert statuses(answer)[:1] == [413]
+            # Kept open: a server that closes while more is coming in makes the client lose the answer.
+            answer = await shared_on_sqlite.raw(written.replace(b"Connection: close\r\n", b""), one_answer=True)
+        assert statuses(answer) == [413]
         assert PROBLEM.encode() in answer
 
 

@@ -140,7 +140,7 @@ async def test_each_role_gets_what_is_its_own(sale: Sale, row: Row, role: Role) 
     before = await sale.counter.state()
     answer: httpx.Response = await row.ask(sale, role)
     assert answer.status_code == row.expected(role), answer.text[:300]
-    if answer.status_code < 400:
+    if answer.status_code < 400 or row.path.startswith("/schema"):
         return
     code = REFUSED.get(answer.status_code, answer.json()["code"])
     refused(answer, answer.status_code, code)

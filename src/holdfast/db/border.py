@@ -44,7 +44,7 @@ def translate(error: Exception) -> Exception:
     if isinstance(error, (exc.TimeoutError, TimeoutError)):
         return _caused(Unavailable("the database did not answer in time; nothing was changed"), error)
     if isinstance(error, OSError):
-        return _caused(Unavailable(f"the database cannot be reached: {error}"), error)
+        return _caused(Unavailable("the database cannot be reached"), error)
     if isinstance(error, exc.DBAPIError):
         return _caused(_from_driver(error, error.orig, error.connection_invalidated), error)
     if isinstance(error, sqlite3.Error) or type(error).__module__.startswith("asyncpg."):
@@ -78,7 +78,7 @@ def _from_driver(error: Exception, origin: BaseException | None, cut: bool) -> E
         or "InterfaceError" in type(origin).__name__
         or isinstance(origin, (OSError, TimeoutError))
     ):
-        return Unavailable(f"the database is away: {_first_line(origin)}")
+        return Unavailable("the database is away")
     return error
 
 

@@ -153,7 +153,14 @@ class GroupCommit:
                 # A conflict may be one request's own, for good; the halves of a batch are decided again anyway.
                 if attempt == TRIES_MAX or (isinstance(error, Conflict) and len(batch) > 1):
                     raise
-                log.warning("batch_again", name=self._name, attempt=attempt, error=error.code, detail=error.detail)
+                log.warning(
+                    "batch_again",
+                    name=self._name,
+                    attempt=attempt,
+                    error=error.code,
+                    detail=error.detail,
+                    cause=repr(error.__cause__)[:300],
+                )
                 await self._clock.sleep(BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311  # jitter
         raise AssertionError("unreachable")
 

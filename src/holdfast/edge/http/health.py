@@ -27,7 +27,9 @@ async def ready(system: System) -> dict[str, str]:
 @get("/metrics", summary="Prometheus metrics")
 async def metrics() -> Response[bytes]:
     """All collectors of this process."""
-    return Response(content=generate_latest(observe.registry), media_type=CONTENT_TYPE_LATEST)
+    # The framework adds the charset to every text by itself.
+    media_type = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")
+    return Response(content=generate_latest(observe.registry), media_type=media_type)
 
 
 def router() -> Router:

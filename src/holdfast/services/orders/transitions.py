@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from holdfast import observe
 from holdfast.clock import Clock
@@ -18,6 +18,7 @@ from holdfast.services.orders.needs import Payments
 from holdfast.services.orders.place import deadline_key
 
 LATE = "late"
+Traces = Mapping[int, Mapping[str, str]]  # order id -> the trace that made it move
 
 
 class Transitions:
@@ -70,7 +71,8 @@ class Transitions:
             )
             for event in late
         ]
-        await self._outbox.add_all(tx, drafts + _told_closed(closed, OrderStatus.CLOSED))
+        traces = {event.order_id: tx.trace_of(event) for event in events}
+        await self._outbox.add_all(tx, drafts + _told_closed(closed, OrderStatus.CLOSED, traces))
 
     async def cancel(self, tx: Tx, requests: Sequence[CancelRequest]) -> list[OrderView | HoldfastError]:
         """Cancel buyers' own unpaid orders; cancelling a cancelled one again gives the same answer and does nothing.
@@ -88,7 +90,8 @@ class Transitions:
                 wanted.add(request.order_id)
             elif order.status != OrderStatus.CANCELLED:
                 refusals[index] = NotCancellable(f"the order is {order.status}; it cannot be cancelled any more")
-        cancelled = await self._end(tx, wanted, OrderStatus.CANCELLED, "buyer")
+        traces = {request.order_id: tx.trace_of(request) for request in requests}
+        cancelled = await self._end(tx, wanted, OrderStatus.CANCELLED, "buyer", traces)
         views = await store.read_views(tx, set(orders), None)
         answers: list[OrderView | HoldfastError] = []
         for index, request in enumerate(requests):
@@ -109,16 +112,17 @@ class Transitions:
             for order in orders.values()
             if order.status == OrderStatus.PENDING_PAYMENT and order.pay_by_us <= now_us
         }
-        closed = await self._end(tx, due, OrderStatus.CLOSED, "deadline")
+        traces = {order_id: tx.trace_of(order_id) for order_id in order_ids}
+        closed = await self._end(tx, due, OrderStatus.CLOSED, "deadline", traces)
         ended = {order.id for order in orders.values() if order.status != OrderStatus.PENDING_PAYMENT}
         return [order_id in closed | ended for order_id in order_ids]
 
-    async def _end(self, tx: Tx, order_ids: set[int], to: OrderStatus, actor: str) -> set[int]:
+    async def _end(self, tx: Tx, order_ids: set[int], to: OrderStatus, actor: str, traces: Traces) -> set[int]:
         """End unpaid orders together with their payment orders; one whose payment succeeded meanwhile stays open."""
         if not order_ids:
             return set()
         moved = await self._move(tx, await self._payments.end(tx, order_ids), to, actor)
-        await self._outbox.add_all(tx, _told_closed(moved, to))
+        await self._outbox.add_all(tx, _told_closed(moved, to, traces))
         return set(moved)
 
     async def _move(self, tx: Tx, order_ids: set[int] | list[int], to: OrderStatus, actor: str) -> list[int]:
@@ -144,12 +148,13 @@ class Transitions:
         return moved
 
 
-def _told_closed(order_ids: Sequence[int], status: OrderStatus) -> list[Draft]:
+def _told_closed(order_ids: Sequence[int], status: OrderStatus, traces: Traces) -> list[Draft]:
     return [
         Draft(
             exchange=topology.ORDER_EVENTS,
             routing_key=topology.KEY_ORDER_CLOSED,
             body=OrderClosed(order_id=order_id, status=status.value),
+            trace=traces.get(order_id, {}),
         )
         for order_id in order_ids
     ]
