@@ -16,6 +16,12 @@ class ConstraintFailed(HoldfastError):
     code: ClassVar[str] = "constraint_failed"
 
 
+class KeyTaken(Conflict):
+    """A unique key is taken; another writer came first, or the request can never succeed."""
+
+    code: ClassVar[str] = "key_taken"
+
+
 # PostgreSQL SQLSTATE, appendix A of its manual.
 _SERIALIZATION = {"40001", "40P01"}
 _UNIQUE = "23505"
@@ -67,7 +73,7 @@ def _from_driver(error: Exception, origin: BaseException | None, cut: bool) -> E
     if sqlstate in _SERIALIZATION:
         return Conflict("lost a race with another transaction")
     if sqlstate == _UNIQUE or sqlite_code in _SQLITE_UNIQUE:
-        return Conflict(f"a unique key is taken: {_first_line(origin)}")
+        return KeyTaken(f"a unique key is taken: {_first_line(origin)}")
     if sqlstate.startswith(_INTEGRITY_CLASS) or sqlite_code & 0xFF == sqlite3.SQLITE_CONSTRAINT:
         return ConstraintFailed(_first_line(origin))
     if (
@@ -78,7 +84,8 @@ def _from_driver(error: Exception, origin: BaseException | None, cut: bool) -> E
         or "InterfaceError" in type(origin).__name__
         or isinstance(origin, (OSError, TimeoutError))
     ):
-        return Unavailable("the database is away")
+        # The server's own word may be told; a driver's names addresses and the like.
+        return Unavailable(f"the database is away: {_first_line(origin)}" if sqlstate else "the database is away")
     return error
 
 

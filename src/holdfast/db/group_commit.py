@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from holdfast import observe
 from holdfast.clock import Clock
+from holdfast.db.border import KeyTaken
 from holdfast.db.database import Database, Tx
 from holdfast.errors import Conflict, HoldfastError, OutcomeUnknown, Overloaded, ShuttingDown, Unavailable
 
@@ -150,8 +151,8 @@ class GroupCommit:
             try:
                 return await self._decide(batch)
             except (Conflict, Unavailable) as error:
-                # A conflict may be one request's own, for good; the halves of a batch are decided again anyway.
-                if attempt == TRIES_MAX or (isinstance(error, Conflict) and len(batch) > 1):
+                # A taken key may be one request's own, for good; the halves of a batch are decided again anyway.
+                if attempt == TRIES_MAX or (isinstance(error, KeyTaken) and len(batch) > 1):
                     raise
                 log.warning(
                     "batch_again",

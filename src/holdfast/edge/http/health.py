@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from litestar import Response, Router, get
+from litestar.di import NamedDependency
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from holdfast import observe
@@ -18,7 +19,7 @@ async def live() -> dict[str, str]:
 
 
 @get("/healthz/ready", summary="The process can serve")
-async def ready(system: System) -> dict[str, str]:
+async def ready(system: NamedDependency[System]) -> dict[str, str]:
     """Asks the database; 503 when it is away."""
     await system.check()
     return {"status": "ok"}

@@ -11,7 +11,7 @@ from functools import partial
 
 import msgspec
 from litestar.enums import ScopeType
-from litestar.types import ASGIApp, Receive, Scope, Send
+from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 
 from holdfast.edge.http.problems import MEDIA_TYPE, BodyTooLarge, answer, problem
 from holdfast.errors import InvalidInput
@@ -43,7 +43,7 @@ class HotRoutes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         handler = None
         if scope["type"] == ScopeType.HTTP:
-            handler = self._routes.get((scope["method"], scope["path"])) or self._wrong_method(scope["path"])
+            handler = self._routes.get((scope["method"], scope["path"])) or self._wrong_method(scope)
         if handler is None:
             await self._app(scope, receive, send)
             return
@@ -55,13 +55,17 @@ class HotRoutes:
             reply = Reply(status=told.status, body=msgspec.json.encode(told), media_type=MEDIA_TYPE, headers=headers)
         await _send(reply, send)
 
-    def _wrong_method(self, path: str) -> Handler | None:
+    def _wrong_method(self, scope: HTTPScope) -> Handler | None:
         """For a path of ours the answer to every other method; None for a path that is not ours."""
-        allowed = ", ".join(method for method, known in self._routes if known == path)
+        allowed = ", ".join(method for method, path in self._routes if path == scope["path"])
+        asked = scope["method"] == "OPTIONS"
 
         async def refuse(_: Headers, __: ReadBody) -> Reply:
             body = msgspec.json.encode(problem(405, "method_not_allowed", f"use {allowed}"))
-            return Reply(status=405, body=body, media_type=MEDIA_TYPE, headers={"allow": allowed})
+            headers = {"allow": f"OPTIONS, {allowed}"}
+            if asked:
+                return Reply(status=204, body=b"", headers=headers)
+            return Reply(status=405, body=body, media_type=MEDIA_TYPE, headers=headers)
 
         return refuse if allowed else None
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 from litestar import Router, get, post
-from litestar.di import Provide
+from litestar.di import NamedDependency, Provide
+from litestar.params import FromPath
 
 from holdfast.bootstrap import System
 from holdfast.edge.http.auth import Caller, Tokens, caller
@@ -47,13 +48,15 @@ def placing(system: System, tokens: Tokens) -> Handler:
 
 
 @get("/orders/{order_id:str}", summary="Read an order")
-async def read(order_id: str, caller: Caller, system: System) -> OrderView:
+async def read(order_id: FromPath[str], caller: NamedDependency[Caller], system: NamedDependency[System]) -> OrderView:
     """The caller's own order; another's does not exist for him."""
     return await system.orders.get(parse_id(order_id), caller.subject)
 
 
 @post("/orders/{order_id:str}/cancel", summary="Cancel an order", status_code=200)
-async def cancel(order_id: str, caller: Caller, system: System) -> OrderView:
+async def cancel(
+    order_id: FromPath[str], caller: NamedDependency[Caller], system: NamedDependency[System]
+) -> OrderView:
     """Cancel the caller's own unpaid order; again does no harm."""
     return await system.orders.cancel(parse_id(order_id), caller.subject)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from litestar import Router, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath
 
 from holdfast.bootstrap import System
 from holdfast.edge.http.hot import Handler, Headers, ReadBody, Reply
@@ -30,7 +32,7 @@ def noticing(system: System) -> Handler:
 
 
 @post("/sandbox/pay/{token:str}", summary="Pay at the sandbox", status_code=200)
-async def pay(token: str, system: System) -> SignedNotice:
+async def pay(token: FromPath[str], system: NamedDependency[System]) -> SignedNotice:
     """Pay by link; answers the signed notice that the payer's side is to post to /v1/notices/sandbox."""
     return await system.sandbox.pay(token)
 

@@ -125,6 +125,9 @@ def from_error(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
 def from_framework(_: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
     """What the framework refuses: unknown paths, bodies that do not fit, too large ones."""
     status = error.status_code
+    if status == 500 and "client disconnected" in str(error.detail).lower():
+        # Nobody is there to read it, but it is no fault of ours either.
+        return _respond(problem(400, "invalid_input", "the client went away before its body was complete"), {})
     if status == 500:
         return from_error(_, error)
     code = _CODES.get(status, "invalid_input")

@@ -12,6 +12,8 @@ from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.edge.http.problems import MEDIA_TYPE, RETRY_AFTER_S, problem
 
+TRACE_BYTES_MAX = 512  # W3C Trace Context asks to carry at least so much; it is stored with every message
+
 
 class Shell:
     """An ASGI layer around the application."""
@@ -49,7 +51,11 @@ class Shell:
 
 def _headers(scope: Scope) -> dict[str, str]:
     wanted = (b"traceparent", b"tracestate")
-    return {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in wanted}
+    return {
+        name.decode(): value.decode("latin-1")
+        for name, value in scope["headers"]
+        if name in wanted and len(value) <= TRACE_BYTES_MAX
+    }
 
 
 async def _too_late(send: Send, timeout_s: float) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 from litestar import Request, Router, get, post, put
-from litestar.di import Provide
+from litestar.di import NamedDependency, Provide
+from litestar.params import FromPath, RawBody
 
 from holdfast.bootstrap import System
 from holdfast.edge.http.auth import Caller, staff, staff_only
@@ -50,10 +51,15 @@ _read_receipt = body_of(ReceiptBody)
 
 
 @get("/stocks/{sku:str}", summary="How many are left")
-async def available(sku: str, system: System) -> Availability:
+async def available(sku: FromPath[str], system: NamedDependency[System]) -> Availability:
     """Units of a SKU that can be ordered now, over all warehouses."""
-    levels = await system.stock.levels(checked(sku))
-    return Availability(sku=sku, available=sum(level.available for level in levels))
+    return await _availability(checked(sku), system)
+
+
+@get("/stocks/receipts", summary="How many of the SKU called receipts are left")
+async def available_of_receipts(system: NamedDependency[System]) -> Availability:
+    """A SKU may be called `receipts`, although receipts are posted to that path."""
+    return await _availability("receipts", system)
 
 
 @get(
@@ -62,7 +68,7 @@ async def available(sku: str, system: System) -> Availability:
     guards=[staff_only],
     dependencies={"caller": Provide(staff, sync_to_thread=False)},
 )
-async def levels(caller: Caller, system: System) -> list[Level]:
+async def levels(caller: NamedDependency[Caller], system: NamedDependency[System]) -> list[Level]:
     """Every SKU in every warehouse with its counters."""
     return await system.stock.levels()
 
@@ -73,7 +79,9 @@ async def levels(caller: Caller, system: System) -> list[Level]:
     guards=[staff_only],
     dependencies={"caller": Provide(staff, sync_to_thread=False)},
 )
-async def keep(sku: str, body: bytes, caller: Caller, system: System) -> Sku:
+async def keep(
+    sku: FromPath[str], body: RawBody, caller: NamedDependency[Caller], system: NamedDependency[System]
+) -> Sku:
     """Set title and price; orders keep the price they were placed at."""
     data = _read_sku(body)
     wanted = Sku(sku=checked(sku), title=data.title, price_minor=data.price_minor, currency=data.currency)
@@ -88,9 +96,9 @@ async def keep(sku: str, body: bytes, caller: Caller, system: System) -> Sku:
 )
 async def receive(
     request: Request[Any, Any, Any],
-    body: bytes,
-    caller: Caller,
-    system: System,
+    body: RawBody,
+    caller: NamedDependency[Caller],
+    system: NamedDependency[System],
 ) -> list[Level]:
     """Book a receipt once per key; answers the SKU's levels."""
     key = idempotency_key(request.headers)
@@ -105,6 +113,11 @@ async def receive(
     return await system.stock.receive(receipt)
 
 
+async def _availability(sku: str, system: System) -> Availability:
+    levels = await system.stock.levels(sku)
+    return Availability(sku=sku, available=sum(level.available for level in levels))
+
+
 def checked(sku: str) -> str:
     """A SKU from a path; raises `InvalidInput`."""
     try:
@@ -116,5 +129,5 @@ def checked(sku: str) -> str:
 
 def router() -> Router:
     """The routes below /v1."""
-    handlers: list[Any] = [available, levels, keep, receive]
+    handlers: list[Any] = [available, available_of_receipts, levels, keep, receive]
     return Router(path="/v1", route_handlers=handlers, tags=["stock"])

@@ -96,6 +96,8 @@ class PlaceOrders:
         drafts = await self._price(tx, requests)
         wanted = [draft for draft in drafts if isinstance(draft, _Draft)]
         orders = [Wanted(order_id=draft.order_id, lines=unpriced(draft.request.lines)) for draft in wanted]
+        for order, cause in zip(orders, wanted, strict=True):
+            tx.caused(order, tx.trace_of(cause.request))
         shortages = iter(await self._stock.reserve(tx, orders) if orders else ())
         held: list[_Draft] = []
         answers: list[Answer | None] = []

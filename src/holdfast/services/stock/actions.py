@@ -76,14 +76,14 @@ class Stock:
         for row in rows:
             by_sku.setdefault(row.sku, []).append((row.sku, row.warehouse))
         outcomes: list[Shortage | None] = []
-        held: list[tuple[int, list[Detail]]] = []
+        held: list[tuple[Wanted, list[Detail]]] = []
         for order in orders:
             taken = allocate(shelf, by_sku, order.lines)
             if isinstance(taken, Shortage):
                 outcomes.append(taken)
             else:
                 outcomes.append(None)
-                held.append((order.order_id, taken))
+                held.append((order, taken))
         if held:
             await self._write_holds(tx, held)
         return outcomes
@@ -113,7 +113,6 @@ class Stock:
         known = await tx.execute(select(store.skus.c.sku).where(store.skus.c.sku == receipt.sku))
         if known.first() is None:
             return UnknownSku(f"there is no SKU {receipt.sku!r}; create it first with PUT /v1/skus/{receipt.sku}")
-        await store.keep_warehouse(tx, receipt.warehouse)
         entry = {
             "id": self._ids.next(),
             "sku": receipt.sku,
@@ -131,6 +130,7 @@ class Stock:
         )
         if (await tx.execute(booked)).rowcount == 0:
             return await self._booked_before(tx, receipt)
+        await store.keep_warehouse(tx, receipt.warehouse)
         level = insert(tx.dialect, store.levels).values(
             sku=receipt.sku,
             warehouse=receipt.warehouse,
@@ -153,10 +153,11 @@ class Stock:
         same = (booked.sku, booked.warehouse, booked.available_delta)
         return None if same == (receipt.sku, receipt.warehouse, receipt.quantity) else KeyReused()
 
-    async def _write_holds(self, tx: Tx, held: Sequence[tuple[int, Sequence[Detail]]]) -> None:
+    async def _write_holds(self, tx: Tx, held: Sequence[tuple[Wanted, Sequence[Detail]]]) -> None:
         now_us = self._clock.now_us()
         tasks, details, drafts = [], [], []
-        for order_id, parts in held:
+        for order, parts in held:
+            order_id = order.order_id
             task_id = self._ids.next()
             tasks.append({"id": task_id, "order_id": order_id, "created_us": now_us})
             for part in parts:
@@ -186,6 +187,7 @@ class Stock:
                         exchange=topology.STOCK_EVENTS,
                         routing_key=topology.KEY_STOCK_LOCKED,
                         body=locked,
+                        trace=tx.trace_of(order),
                         mandatory=False,  # a fact for whoever listens; nobody has to
                     )
                 )
