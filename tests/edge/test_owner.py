@@ -119,6 +119,7 @@ MATRIX = [
     open_to_all("/schema/elements"),
     open_to_all("/schema/rapidoc"),
     open_to_all("/schema/oauth2-redirect.html"),
+    Row("GET", "/v1/stocks/receipts", 404, 404, 404, 404, plain("GET", "/v1/stocks/receipts")),
     Row("GET", "/schema/{path}", 404, 404, 404, 404, plain("GET", "/schema/{{order_id}}")),
 ]
 OF_AN_ORDER = [row for row in MATRIX if "{order_id}" in row.path]
