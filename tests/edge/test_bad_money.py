@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import itertools
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, NamedTuple
@@ -147,7 +148,8 @@ def forgeries(raw: bytes, token: str, now_s: int) -> dict[str, tuple[bytes, str 
 
 
 @pytest.mark.parametrize("name", forgeries(json.dumps(NOTICE).encode(), "link.mac", 0))
-async def test_a_forged_or_old_notice_is_refused(paid: Paid, name: str) -> None:
+async def test_a_forged_or_old_notice_is_refused(paid_on_sqlite: Paid, name: str) -> None:
+    paid = paid_on_sqlite
     raw, signature = forgeries(paid.raw, paid.token, paid.counter.now_s)[name]
     async with paid.counter.unchanged():
         refused(await paid.counter.notify(raw, signature), 400, "forged_notice")
@@ -254,11 +256,18 @@ def malformed() -> Iterator[bad.Bad]:
 
 
 @pytest.mark.parametrize("notice", [pytest.param(each, id=each.name) for each in malformed()])
-async def test_a_malformed_notice_is_refused_although_it_is_signed(shared: Counter, notice: bad.Bad) -> None:
-    code = "forged_notice" if notice.status == 400 else notice.code
+async def test_a_malformed_notice_is_refused_although_it_is_signed(shared_on_sqlite: Counter, notice: bad.Bad) -> None:
+    counter = shared_on_sqlite
+    async with counter.unchanged():
+        answer = await counter.notify(notice.content, signed(notice.content, counter.now_s))
+        refused(answer, notice.status, "forged_notice" if notice.status == 400 else notice.code)
+
+
+async def test_no_malformed_notice_reaches_any_database(shared: Counter) -> None:
     async with shared.unchanged():
-        answer = await shared.notify(notice.content, signed(notice.content, shared.now_s))
-        refused(answer, notice.status, code)
+        for notice in malformed():
+            answer = await shared.notify(notice.content, signed(notice.content, shared.now_s))
+            assert answer.status_code == notice.status, f"{notice.name}: {answer.text}"
 
 
 WRONG_FACTS: dict[str, dict[str, Any]] = {
@@ -439,10 +448,10 @@ async def test_a_forged_or_cut_off_link_pays_nothing(unpaid: Unpaid) -> None:
             refused(await unpaid.pay(token), 400, "invalid_input")
 
 
-async def test_no_bit_of_a_link_can_be_flipped(unpaid_on_sqlite: Unpaid) -> None:
+async def test_no_byte_of_a_link_can_be_changed(unpaid_on_sqlite: Unpaid) -> None:
     unpaid = unpaid_on_sqlite
     async with unpaid.counter.unchanged():
-        for token in flips(unpaid.token.encode()):
+        for token in itertools.islice(flips(unpaid.token.encode()), 0, None, 3):  # each byte two or three times
             answer = await unpaid.pay(token)
             status, code = (404, "not_found") if b"/" in token else (400, "invalid_input")
             refused(answer, status, code)

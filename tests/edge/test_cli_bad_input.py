@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 
@@ -39,6 +40,17 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "token": ("token", "ann"),
 }
 on_each_command = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+
+
+def spread(cases: Mapping[str, tuple[Any, ...]], *everywhere: str) -> dict[str, Any]:
+    """Parameters: every case with `migrate`, and some of them with every command, for all read settings alike."""
+    chosen = {
+        f"{command}: {name}": (call, *case)
+        for command, call in COMMANDS.items()
+        for name, case in cases.items()
+        if command == "migrate" or name in everywhere
+    }
+    return {"argvalues": list(chosen.values()), "ids": list(chosen)}
 
 
 class Ended(NamedTuple):
@@ -217,8 +229,7 @@ VARIABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
-@on_each_command
-@pytest.mark.parametrize(("name", "value", "says"), VARIABLES.values(), ids=VARIABLES)
+@pytest.mark.parametrize(("command", "name", "value", "says"), **spread(VARIABLES, "misspelt", "below the range"))
 def test_a_bad_variable_is_refused_by_name(
     holdfast: Holdfast, command: Sequence[str], name: str, value: str, says: Sequence[str]
 ) -> None:
@@ -253,8 +264,7 @@ FILES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
 }
 
 
-@on_each_command
-@pytest.mark.parametrize(("content", "says"), FILES.values(), ids=FILES)
+@pytest.mark.parametrize(("command", "content", "says"), **spread(FILES, "no TOML", "an unknown key"))
 def test_a_bad_file_is_refused_with_its_place(
     holdfast: Holdfast, tmp_path: Path, command: Sequence[str], content: str | bytes, says: Sequence[str]
 ) -> None:
@@ -417,7 +427,6 @@ NO_PROVIDERS = {
 }
 
 
-@pytest.mark.usefixtures("_everything_is_closed")
 @pytest.mark.parametrize(("changed", "says"), NO_PROVIDERS.values(), ids=NO_PROVIDERS)
 @pytest.mark.parametrize("command", ["serve", "work"])
 def test_without_a_payment_provider_nothing_is_sold(
@@ -496,21 +505,25 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "environ", "says"), REAL.values(), ids=REAL)
-def test_a_real_process_ends_the_same_way(
-    tmp_path: Path, arguments: list[str], environ: dict[str, str], says: str
-) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "holdfast", *arguments],
-        env={**os.environ, **environ, "COLUMNS": "200", "TERM": "dumb"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert says in ended.stderr
-    assert "Traceback" not in ended.stderr
-    secretive(Ended(2, ended.stdout, ended.stderr, []))
-    assert list(tmp_path.iterdir()) == []
+def test_real_processes_end_the_same_way(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        running = []
+        for name, (arguments, environ, says) in REAL.items():
+            folder = tmp_path / name
+            folder.mkdir()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "holdfast", *arguments],
+                env={**os.environ, **environ, "COLUMNS": "200", "TERM": "dumb"},
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            running.append((folder, says, stack.enter_context(process)))
+        for folder, says, process in running:
+            out, err = process.communicate(timeout=60)
+            assert (process.returncode, out) == (2, ""), err
+            assert says in err
+            assert "Traceback" not in err
+            secretive(Ended(2, out, err, []))
+            assert list(folder.iterdir()) == []

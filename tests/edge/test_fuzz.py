@@ -114,18 +114,18 @@ async def test_no_body_breaks_a_receipt(shared: Counter, content: bytes) -> None
 
 @fuzz(100)
 @given(content=anything(bad.PLACE.good))
-async def test_no_body_breaks_cancelling_and_paying(shared: Counter, content: bytes) -> None:
-    cancel = shared.ask("POST", "/v1/orders/77/cancel", shared.bearer("ann"), content=content)
-    assert (await judged(shared, cancel)).status_code == 404
-    pay = shared.ask("POST", "/sandbox/pay/no.link", content=content)
-    assert (await judged(shared, pay)).status_code == 400
+async def test_no_body_breaks_cancelling_and_paying(shared_on_sqlite: Counter, content: bytes) -> None:
+    cancel = shared_on_sqlite.ask("POST", "/v1/orders/77/cancel", shared_on_sqlite.bearer("ann"), content=content)
+    assert (await judged(shared_on_sqlite, cancel)).status_code == 404
+    pay = shared_on_sqlite.ask("POST", "/sandbox/pay/no.link", content=content)
+    assert (await judged(shared_on_sqlite, pay)).status_code == 400
 
 
-@fuzz()
+@fuzz(100)
 @given(content=anything(NOTICE))
-async def test_no_body_breaks_a_notice_that_nobody_signed(shared: Counter, content: bytes) -> None:
-    for signature in (None, signed(content, shared.now_s, "somebody else's secret")):
-        answer = await judged(shared, shared.notify(content, signature))
+async def test_no_body_breaks_a_notice_that_nobody_signed(shared_on_sqlite: Counter, content: bytes) -> None:
+    for signature in (None, signed(content, shared_on_sqlite.now_s, "somebody else's secret")):
+        answer = await judged(shared_on_sqlite, shared_on_sqlite.notify(content, signature))
         assert (answer.status_code, answer.json()["code"]) == (400, "forged_notice")
 
 
@@ -142,31 +142,33 @@ HEADER = st.lists(st.sampled_from([*range(0x20, 0x7F), *range(0x80, 0x100), 0x09
 )
 
 
-@fuzz()
+@fuzz(100)
 @given(key=HEADER)
-async def test_no_idempotency_key_breaks_a_route(shared: Counter, key: bytes) -> None:
+async def test_no_idempotency_key_breaks_a_route(shared_on_sqlite: Counter, key: bytes) -> None:
     good = 0 < len(key) <= 128 and all(0x21 <= byte <= 0x7E for byte in key)
     for route in (bad.PLACE, bad.RECEIVE):
-        headers: dict[str, str | bytes] = {**shared.staff(), "idempotency-key": key}
+        headers: dict[str, str | bytes] = {**shared_on_sqlite.staff(), "idempotency-key": key}
         content = json.dumps(route.good).encode()
-        answer = await judged(shared, shared.ask(route.method, route.path, headers, content=content))
+        answer = await judged(
+            shared_on_sqlite, shared_on_sqlite.ask(route.method, route.path, headers, content=content)
+        )
         assert answer.status_code in ({201, 409} if good else {400})
 
 
-@fuzz(100)
+@fuzz(60)
 @given(token=HEADER)
-async def test_no_authorization_breaks_a_route(shared: Counter, token: bytes) -> None:
+async def test_no_authorization_breaks_a_route(shared_on_sqlite: Counter, token: bytes) -> None:
     for scheme in (b"", b"Bearer "):
         headers = {"authorization": (scheme + token).strip(), "idempotency-key": b"k"}
         for path in ("/v1/orders", "/v1/stocks/receipts"):
-            answer = await judged(shared, shared.ask("POST", path, headers, body=bad.PLACE.good))
+            answer = await judged(shared_on_sqlite, shared_on_sqlite.ask("POST", path, headers, body=bad.PLACE.good))
             assert answer.status_code == 401
 
 
 @fuzz(100)
 @given(signature=HEADER)
-async def test_no_signature_breaks_a_notice(shared: Counter, signature: bytes) -> None:
-    answer = await judged(shared, shared.notify(json.dumps(NOTICE).encode(), signature))
+async def test_no_signature_breaks_a_notice(shared_on_sqlite: Counter, signature: bytes) -> None:
+    answer = await judged(shared_on_sqlite, shared_on_sqlite.notify(json.dumps(NOTICE).encode(), signature))
     assert (answer.status_code, answer.json()["code"]) == (400, "forged_notice")
 
 

@@ -90,6 +90,7 @@ async def test_a_double_click_places_one_order(counter: Counter) -> None:
     assert (await level(counter.system)).held == 1
 
 
+@on_sqlite
 async def test_two_buyers_may_choose_the_same_key(counter: Counter) -> None:
     answers = [await counter.place(buyer) for buyer in ("ann", "bob")]
     assert [answer.status_code for answer in answers] == [201, 201]
@@ -203,6 +204,7 @@ async def test_the_dearest_order_that_can_be_placed_can_be_paid(counter: Counter
 # --- Stock ------------------------------------------------------------------------------------------------------------
 
 
+@on_sqlite
 async def test_anybody_may_ask_how_many_are_left_over_all_warehouses(counter: Counter) -> None:
     receipt = {"sku": "SKU-1", "quantity": 2, "warehouse": "north"}
     await counter.ask("POST", "/v1/stocks/receipts", counter.staff() | {"idempotency-key": "r-1"}, body=receipt)
@@ -212,6 +214,7 @@ async def test_anybody_may_ask_how_many_are_left_over_all_warehouses(counter: Co
     assert answer.headers["content-type"] == "application/json"
 
 
+@on_sqlite
 async def test_staff_reads_all_levels(counter: Counter) -> None:
     await counter.place("ann", quantity=5)
     answer = await counter.ask("GET", "/v1/stocks", counter.staff())
@@ -227,6 +230,7 @@ async def test_staff_reads_all_levels(counter: Counter) -> None:
     }
 
 
+@on_sqlite
 async def test_a_changed_price_goes_for_later_orders_only(counter: Counter) -> None:
     before = await counter.place("ann", key="before")
     sku = {"sku": "SKU-1", "title": "Ticket ☂ 票", "priceMinor": 2_500, "currency": "EUR"}

@@ -96,10 +96,10 @@ async def _demo(plan: Plan, folder: Path, console: Console) -> int:
             soft_wrap=True,
         )
         done = await _watch(crowd, console, interrupted)
-        if not done:
+        report = await _settled(system, interrupted) if done else None
+        if report is None:
             console.print("interrupted: the server drains and stops; nothing is left behind", highlight=False)
             return 130
-        report = await _settled(system, crowd, interrupted)
     booked = sum(value for name, value in report.figures.items() if name.startswith("orders "))
     if booked != crowd.tally.orders:
         crowd.tally.surprises.append(f"{crowd.tally.orders} orders were acknowledged, {booked} are in the book")
@@ -245,14 +245,16 @@ async def _watch(crowd: Crowd, console: Console, interrupted: asyncio.Event) -> 
         await asyncio.wait([buying, stop])
 
 
-async def _settled(system: System, crowd: Crowd, interrupted: asyncio.Event) -> Report:
-    """Wait for the last time-outs and messages: the report once nothing waits any more, or when patience ends."""
+async def _settled(system: System, interrupted: asyncio.Event) -> Report | None:
+    """Wait for the last time-outs and messages: the report once nothing waits any more, None when interrupted."""
     clock = SystemClock()
     until = clock.monotonic() + SETTLE_S
     while True:
         report = await audit(system.database, clock, 0)
         waiting = report.figures.get("orders pending_payment", 0) + report.figures["messages waiting"]
-        if (report.clean and not waiting) or clock.monotonic() > until or interrupted.is_set():
+        if interrupted.is_set():
+            return None
+        if (report.clean and not waiting) or clock.monotonic() > until:
             return report
         await clock.sleep(REFRESH_S)
 

@@ -164,11 +164,9 @@ class Listener:
             call = self._handler(subscription, delivery, body)
         except CannotDecode as error:
             return reject(delivery, error.detail)
-        if self._listen.ack == "none" and not await self._settle(subscription, ack(delivery)):
-            return None  # it may come again, so nobody may have handled it
         failure = await self._try_locally(delivery, call)
         if self._listen.ack != "auto":
-            if failure is not None:
+            if failure is not None and not isinstance(failure, ShuttingDown):
                 log.error("handler_failed", queue=delivery.queue, error=repr(failure)[:300], ack=self._listen.ack)
             return None
         if failure is None:
@@ -189,6 +187,8 @@ class Listener:
                 async with self._slots:
                     if self._stopping.is_set():
                         raise ShuttingDown("stopped before this message's turn")
+                    if self._listen.ack == "none" and not await self._settle(subscription, ack(delivery)):
+                        return  # it may come again, so nobody may have handled it
                     await handler(Incoming(body=body, delivery=delivery, settle=settle))
 
             return call

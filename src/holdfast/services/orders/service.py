@@ -134,6 +134,8 @@ class OrderService:
                 chunk = [order_id for _, order_id in page[start : start + EXPIRE_AT_ONCE]]
                 outcomes = await asyncio.gather(*map(self.expire, chunk), return_exceptions=True)
                 for order_id, outcome in zip(chunk, outcomes, strict=True):
+                    if isinstance(outcome, Unavailable):
+                        raise outcome  # of the database or provider, not of this order: the next sweep tries again
                     if isinstance(outcome, Exception):
                         log.error("expire_failed", order_id=order_id, error=repr(outcome)[:300])
 

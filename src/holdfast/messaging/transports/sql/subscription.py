@@ -98,7 +98,9 @@ def _moved(dialect: Dialect) -> Executable:
 
 _CLAIM = Prepared(_claim)
 _SOONEST = Prepared(
-    lambda _: select(func.min(messages.c.due_us).label("due_us")).where(messages.c.queue == bindparam("of_queue"))
+    lambda _: select(func.min(messages.c.due_us).label("due_us")).where(
+        messages.c.queue == bindparam("of_queue"), messages.c.due_us > bindparam("now_us")
+    )
 )
 _DELETE = Prepared(
     lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")).returning(messages.c.id)
@@ -181,7 +183,7 @@ class SqlSubscription:
                 claimed = await self._group.submit(self._claim, room)
                 if claimed.rows:
                     return [self._delivery(row) for row in claimed.rows]
-                if claimed.next_due_us is not None and claimed.next_due_us > self._clock.now_us():
+                if claimed.next_due_us is not None:
                     until_us = min(until_us, claimed.next_due_us)
                 # One that is due and was not claimed is locked by another transaction; polling finds it.
             await self._waiter.sleep(until_us)
@@ -212,7 +214,7 @@ class SqlSubscription:
         )
         if rows:
             return _Claimed(sorted(rows, key=lambda row: (row.ready_us, row.id)), None)
-        (soonest,) = await _SOONEST.rows(tx, of_queue=self._queue)
+        (soonest,) = await _SOONEST.rows(tx, of_queue=self._queue, now_us=now_us)
         return _Claimed((), soonest.due_us)
 
     def _delivery(self, row: Any) -> Delivery:
