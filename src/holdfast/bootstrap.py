@@ -125,7 +125,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
     """
     clock = clock or SystemClock()
     async with AsyncExitStack() as stack:
-        database = await connect(settings.database)
+        database = await connect(settings.database, create=False)
         stack.push_async_callback(database.close)
         await require_current(database, HISTORIES)
         bus = await stack.enter_async_context(

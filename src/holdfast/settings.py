@@ -203,7 +203,7 @@ def _section(section: str, entries: dict[str, tuple[str, Any]]) -> Section:
         try:
             values[key] = msgspec.convert(value, fields[key], strict=False, dec_hook=_decode_secret)
         except msgspec.ValidationError as error:
-            shown = "***" if fields[key] is Secret else repr(value)
+            shown = "***" if fields[key] is Secret or key == "url" else repr(value)  # a URL may hold a password
             raise InvalidSettings(f"{origin} = {shown} is wrong: {error}") from None
     return kind(**values)  # type: ignore[no-any-return]  # msgspec types Field.type as Any
 
@@ -218,5 +218,9 @@ def _known(name: str, choices: list[str] | tuple[str, ...], origin: str) -> None
 
 def _decode_secret(kind: type, value: Any) -> Any:
     if kind is Secret and isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise msgspec.ValidationError("it is no UTF-8 text") from None
         return Secret(value)
     raise msgspec.ValidationError(f"Expected `str`, got `{type(value).__name__}`")

@@ -452,7 +452,7 @@ async def test_a_conflict_of_one_request_does_not_fail_its_neighbours(memory: Da
     gate = Gate(is_open=True)
     async with grouping(memory) as group:
         answers = await asyncio.gather(*gate.hand_in(group, "a", "red", "b"), return_exceptions=True)
-    assert [type(answer).__name__ for answer in answers] == ["str", "Conflict", "str"]
+    assert [type(answer).__name__ for answer in answers] == ["str", "KeyTaken", "str"]
     assert {"a", "b"} <= set(await content(memory))
 
 

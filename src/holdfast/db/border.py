@@ -85,7 +85,8 @@ def _from_driver(error: Exception, origin: BaseException | None, cut: bool) -> E
         or isinstance(origin, (OSError, TimeoutError))
     ):
         # The server's own word may be told; a driver's names addresses and the like.
-        return Unavailable(f"the database is away: {_first_line(origin)}" if sqlstate else "the database is away")
+        known = sqlstate or sqlite_code
+        return Unavailable(f"the database is away: {_first_line(origin)}" if known else "the database is away")
     return error
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from holdfast.db.border import translate
 from holdfast.db.database import Dialect, Tx, committing, outlast
-from holdfast.errors import InvalidSettings, UnsafeDatabase
+from holdfast.errors import InvalidSettings, Unavailable, UnsafeDatabase
 
 # A setting that is off gives an acknowledgement before the row is on the disk.
 DURABILITY = ("fsync", "synchronous_commit")
@@ -63,8 +63,12 @@ class PostgresDatabase:
             await database._refuse_unsafe()
         except BaseException as error:
             await engine.dispose()
+            if isinstance(error, Unavailable):
+                where = url.set(drivername="postgresql").render_as_string(hide_password=True)
+                raise Unavailable(f"HOLDFAST_DATABASE: {where} does not answer: {error.detail}") from error
             if type(error).__module__.startswith(("asyncpg.", "sqlalchemy.")):
-                raise InvalidSettings(f"HOLDFAST_DATABASE: PostgreSQL refuses the connection: {error}") from error
+                said = str(getattr(error, "orig", error)).partition("\n")[0].rpartition(">: ")[2]
+                raise InvalidSettings(f"HOLDFAST_DATABASE: PostgreSQL refuses the connection: {said}") from error
             raise
         return database
 

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from holdfast.db.border import translate
 from holdfast.db.database import Dialect, Tx, committing, outlast
-from holdfast.errors import DatabaseInUse, InvalidSettings, Unavailable
+from holdfast.errors import DatabaseInUse, InvalidSettings, SchemaOutdated, Unavailable
 
 MEMORY = ":memory:"
 
@@ -41,14 +41,14 @@ class SqliteDatabase:
         self._readers = None if path == MEMORY else _reader_engine(path, readers)
 
     @classmethod
-    async def open(cls, path: str, *, readers: int = 4, read_only: bool = False) -> SqliteDatabase:
-        """Open the file, creating it unless read-only.
+    async def open(cls, path: str, *, readers: int = 4, read_only: bool = False, create: bool = True) -> SqliteDatabase:
+        """Open the file; it is created if missing, unless read-only or told not to.
 
         Raises `DatabaseInUse` when another process writes it, `InvalidSettings` when the folder or file is missing.
         """
         if path != MEMORY:
+            _check_path(path, read_only=read_only, create=create)
             path = os.path.realpath(path)  # noqa: ASYNC240  # at start-up; one file has one lock, whatever its name
-            _check_path(Path(path), read_only)
         lock = None if read_only or path == MEMORY else _take_lock(path)
         database = cls(path, readers=readers, read_only=read_only, lock=lock)
         try:
@@ -124,13 +124,20 @@ async def _begin(connection: AsyncConnection) -> None:
         raise translate(error) from error
 
 
-def _check_path(path: Path, read_only: bool) -> None:
-    if read_only and not path.exists():
+def _check_path(name: str, *, read_only: bool, create: bool) -> None:
+    try:
+        path = Path(name).resolve()
+        missing, folder, misplaced = not path.exists(), path.is_dir(), not path.parent.is_dir()
+    except (OSError, ValueError) as error:
+        raise InvalidSettings(f"HOLDFAST_DATABASE: no file can have this name: {error}") from error
+    if missing and read_only:
         raise InvalidSettings(f"database: there is no SQLite file {path}; run `holdfast migrate` first")
-    if not path.parent.is_dir():
+    if misplaced:
         raise InvalidSettings(f"database: the folder {path.parent} does not exist; create it first")
-    if path.is_dir():
+    if folder:
         raise InvalidSettings(f"database: {path} is a folder; name a file in it")
+    if missing and not create:
+        raise SchemaOutdated(f"there is no SQLite file {path} yet; run `holdfast migrate` first")
 
 
 def _take_lock(path: str) -> IO[str]:

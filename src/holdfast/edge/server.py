@@ -65,9 +65,10 @@ async def work(settings: Settings, on_ready: Callable[[], None]) -> int:
 async def listening(system: System) -> Any:
     """The API of a running system on its configured address; gives the URL, stops accepting and drains at the end."""
     settings = system.settings.http
+    app = build_app(system)  # before the socket is bound: it may refuse the settings
     bound = _bind(settings.host, settings.port)
     config = uvicorn.Config(
-        build_app(system),
+        app,
         http="httptools",
         ws="none",
         lifespan="off",
@@ -95,12 +96,17 @@ async def listening(system: System) -> Any:
 def _bind(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # Said to be TCP, or asyncio leaves Nagle's algorithm on for its connections.
-        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    except (OSError, UnicodeError) as error:
+        raise InvalidSettings(f"HOLDFAST_HTTP__HOST: {host!r} is no address of this machine: {error}") from error
+    # Said to be TCP, or asyncio leaves Nagle's algorithm on for its connections.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
     except OSError as error:
-        raise InvalidSettings(f"cannot listen on {host}:{port}: {error.strerror}; set HOLDFAST_HTTP__PORT") from error
+        bound.close()
+        keys = "HOLDFAST_HTTP__HOST and HOLDFAST_HTTP__PORT"
+        raise InvalidSettings(f"cannot listen on {host}:{port}: {error.strerror}; set {keys}") from error
     return bound
 
 

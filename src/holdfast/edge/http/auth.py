@@ -14,7 +14,7 @@ from litestar.handlers import BaseRouteHandler
 
 from holdfast.clock import US_PER_S, Clock
 from holdfast.edge.http.problems import Forbidden, Unauthorized
-from holdfast.errors import InvalidSettings
+from holdfast.errors import InvalidInput, InvalidSettings
 
 ALGORITHM = "HS256"  # pinned here, never taken from the token
 SECRET_BYTES_MIN = 32
@@ -48,6 +48,8 @@ class Tokens:
 
     def issue(self, subject: str, scopes: frozenset[str], valid_s: int) -> str:
         """A token for a subject, valid for so many seconds from now."""
+        if not _SUBJECT.fullmatch(subject):
+            raise InvalidInput("a token's subject has 1 to 128 visible ASCII characters, no blanks among them")
         claims = {
             "sub": subject,
             "exp": self._clock.now_us() // US_PER_S + valid_s,
