@@ -221,6 +221,6 @@ def _decode_secret(kind: type, value: Any) -> Any:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise msgspec.ValidationError("it is no UTF-8 text") from None
+            raise msgspec.ValidationError("it is no UTF-8 text; take 32 or more printable characters") from None
         return Secret(value)
     raise msgspec.ValidationError(f"Expected `str`, got `{type(value).__name__}`")
