@@ -8,9 +8,8 @@ import hashlib
 import hmac
 import json
 import re
-import warnings
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -148,19 +147,11 @@ class Counter:
 @asynccontextmanager
 async def facing(system: System) -> AsyncIterator[Counter]:
     """Serve a running system and stand in front of it."""
-    async with AsyncExitStack() as stack:
-        with deprecations_told_once():
-            url = await stack.enter_async_context(listening(system))
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=30, trust_env=False))
+    async with (
+        listening(system) as url,
+        httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
+    ):
         yield Counter(system, url, client)
-
-
-@contextmanager
-def deprecations_told_once() -> Iterator[None]:
-    """Let an application be built in deprecated ways: one test forbids them, the others have something else to say."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from holdfast.edge.http.auth import STAFF
 from holdfast.edge.http.hot import HotRoutes
 from holdfast.edge.http.shell import Shell
 from holdfast.services.payments.sandbox import SIGNATURE_HEADER
-from tests.edge.counter import Counter, deprecations_told_once, refused, routes_of, view_of
+from tests.edge.counter import Counter, refused, routes_of, view_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -216,8 +216,7 @@ async def test_a_detail_of_403_names_the_scope_that_is_needed(sale: Sale) -> Non
 
 
 async def test_every_route_of_the_application_is_in_the_matrix(shared: Counter) -> None:
-    with deprecations_told_once():
-        routes = routes_of(build_app(shared.system))
+    routes = routes_of(build_app(shared.system))
     assert routes == {(row.method, row.path) for row in MATRIX}
 
 

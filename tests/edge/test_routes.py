@@ -28,7 +28,6 @@ from tests.edge.counter import (
     SANDBOX_SECRET,
     TOKEN_SECRET,
     Counter,
-    deprecations_told_once,
     facing,
     fill,
     refused,
@@ -384,8 +383,7 @@ async def test_the_openapi_document_names_every_route_but_the_two_hot_ones(idle:
     answer = await idle.ask("GET", "/schema/openapi.json")
     assert answer.status_code == 200
     named = {(method.upper(), path) for path, verbs in answer.json()["paths"].items() for method in verbs}
-    with deprecations_told_once():
-        routes = routes_of(build_app(idle.system))
+    routes = routes_of(build_app(idle.system))
     missing = {(method, path) for method, path in routes if not path.startswith("/schema")} - named
     assert missing == {
         ("POST", "/v1/orders"),
