@@ -89,13 +89,6 @@ def caller(request: Request[Any, Any, Any]) -> Caller:
     return tokens.caller(request.headers.get("authorization", ""))
 
 
-def staff(request: Request[Any, Any, Any]) -> Caller:
-    """The dependency of routes for staff; raises `Unauthorized` or `Forbidden`."""
-    found = caller(request)
-    found.require(STAFF)
-    return found
-
-
 def staff_only(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
     """The guard of routes for staff: it comes before the body is read. Raises `Unauthorized` or `Forbidden`."""
     tokens: Tokens = connection.app.state.tokens

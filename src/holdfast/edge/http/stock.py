@@ -10,7 +10,7 @@ from litestar.di import NamedDependency, Provide
 from litestar.params import FromPath, RawBody
 
 from holdfast.bootstrap import System
-from holdfast.edge.http.auth import Caller, staff, staff_only
+from holdfast.edge.http.auth import Caller, caller, staff_only
 from holdfast.edge.http.reading import body_of, idempotency_key
 from holdfast.errors import InvalidInput
 from holdfast.services.contracts.values import Code, Currency, Quantity
@@ -43,7 +43,7 @@ class ReceiptBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 # The guard comes before the body is read, the dependency hands on who it is.
 STAFF_ONLY: dict[str, Any] = {
     "guards": [staff_only],
-    "dependencies": {"caller": Provide(staff, sync_to_thread=False)},
+    "dependencies": {"caller": Provide(caller, sync_to_thread=False)},
 }
 
 _read_sku = body_of(SkuBody)
@@ -65,8 +65,7 @@ async def available_of_receipts(system: NamedDependency[System]) -> Availability
 @get(
     "/stocks",
     summary="All levels (staff)",
-    guards=[staff_only],
-    dependencies={"caller": Provide(staff, sync_to_thread=False)},
+    **STAFF_ONLY,
 )
 async def levels(caller: NamedDependency[Caller], system: NamedDependency[System]) -> list[Level]:
     """Every SKU in every warehouse with its counters."""
@@ -76,8 +75,7 @@ async def levels(caller: NamedDependency[Caller], system: NamedDependency[System
 @put(
     "/skus/{sku:str}",
     summary="Create or change a SKU (staff)",
-    guards=[staff_only],
-    dependencies={"caller": Provide(staff, sync_to_thread=False)},
+    **STAFF_ONLY,
 )
 async def keep(
     sku: FromPath[str], body: RawBody, caller: NamedDependency[Caller], system: NamedDependency[System]
@@ -91,8 +89,7 @@ async def keep(
 @post(
     "/stocks/receipts",
     summary="Book units that came in (staff)",
-    guards=[staff_only],
-    dependencies={"caller": Provide(staff, sync_to_thread=False)},
+    **STAFF_ONLY,
 )
 async def receive(
     request: Request[Any, Any, Any],
