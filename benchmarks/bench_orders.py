@@ -1,11 +1,11 @@
-"""Places per second and settled orders per second over HTTP: holdfast with group commit on and off, and the baseline.
+"""Places per second and settled orders per second over HTTP: holdfast with group commit on and off, and two baselines.
 
 Every system runs as one server process on an empty database, takes the same load from `benchmarks.buyers` in another
 process, and does so in turn, round after round; the figures are medians, the ratios are taken within this one run.
 
 *Placed* counts acknowledged orders. *Settled* counts orders that are paid and whose stock is deducted, and its clock
-stops only when the last one is: holdfast does that by messages after it has acknowledged the notice, the baseline
-within the notice's own transaction. holdfast's two hottest routes are plain ASGI; the baseline pays for FastAPI.
+stops only when the last one is: holdfast does that by messages after it has acknowledged the notice, the baselines
+within the notice's own transaction. holdfast's two hottest routes are plain ASGI; the baselines pay for FastAPI.
 """
 
 from __future__ import annotations
@@ -112,10 +112,13 @@ class Holdfast:
 
 
 class Baseline:
-    """The hand-rolled service of `benchmarks/baseline`."""
+    """The hand-rolled service of `benchmarks/baseline`, in one of its two styles."""
 
-    name = "baseline"
     settles_later = False
+
+    def __init__(self, name: str, style: str) -> None:
+        self.name = name
+        self._style = style
 
     @contextmanager
     def running(self, url: str, skus: int, units: int) -> Iterator[int]:
@@ -124,6 +127,7 @@ class Baseline:
             "BASELINE_DATABASE": url.replace("sqlite:///", "sqlite+aiosqlite:///"),
             "BASELINE_TOKEN_SECRET": TOKEN_SECRET,
             "BASELINE_NOTICE_SECRET": NOTICE_SECRET,
+            "BASELINE_STYLE": self._style,
             "BASELINE_SKUS": str(skus),
             "BASELINE_UNITS": str(units),
         }
@@ -146,8 +150,10 @@ System = Holdfast | Baseline
 SYSTEMS: tuple[System, ...] = (
     Holdfast("holdfast", batch_max=200),
     Holdfast("holdfast, group commit off", batch_max=1),
-    Baseline(),
+    Baseline("FastAPI + SQLAlchemy ORM", "orm"),
+    Baseline("the same tuned, on Core", "core"),
 )
+BASELINES = tuple(system.name for system in SYSTEMS if isinstance(system, Baseline))
 
 
 def measure(system: System, url: str, goal: str, options: argparse.Namespace, skus: int) -> Figure:
@@ -197,28 +203,29 @@ def run(options: argparse.Namespace) -> list[tuple[str, Cell]]:
 
 
 def report(measured: list[tuple[str, Cell]], options: argparse.Namespace) -> str:
-    """The table, with ratios against the baseline of the same database, SKUs and goal."""
+    """The table, with ratios against both baselines on the same database, SKUs and goal."""
     lines = [
         f"{options.buyers} buyers, {options.connections} at a time, {options.rounds} rounds, medians; "
         f"{os.cpu_count()} cores, Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, "
         + ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
         "",
-        "| database | SKUs | system | placed/s | x baseline | settled/s | x baseline | place p50 ms | p99 ms |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| database | SKUs | system | placed/s | x ORM | x tuned | settled/s | x ORM | x tuned | p50 ms | p99 ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     by_key = {(goal, cell.database, cell.skus, cell.system): cell for goal, cell in measured}
     for goal, cell in measured:
         if goal != "settle":
             continue
-        place = by_key["place", cell.database, cell.skus, cell.system].median("placed_per_s")
-        place_base = by_key["place", cell.database, cell.skus, "baseline"].median("placed_per_s")
+        beside = (cell.database, cell.skus)
+        placed = by_key["place", *beside, cell.system].median("placed_per_s")
         settled = cell.median("settled_per_s")
-        settled_base = by_key["settle", cell.database, cell.skus, "baseline"].median("settled_per_s")
-        p50, p99 = cell.median("place_p50_ms"), cell.median("place_p99_ms")
-        lines.append(
-            f"| {cell.database} | {cell.skus} | {cell.system} | {place:,.0f} | {place / place_base:.1f} "
-            f"| {settled:,.0f} | {settled / settled_base:.1f} | {p50:.1f} | {p99:.1f} |"
-        )
+        of_placed = [placed / by_key["place", *beside, name].median("placed_per_s") for name in BASELINES]
+        of_settled = [settled / by_key["settle", *beside, name].median("settled_per_s") for name in BASELINES]
+        columns = [cell.database, cell.skus, cell.system]
+        columns += [f"{placed:,.0f}", *(f"{ratio:.1f}" for ratio in of_placed)]
+        columns += [f"{settled:,.0f}", *(f"{ratio:.1f}" for ratio in of_settled)]
+        columns += [f"{cell.median('place_p50_ms'):.1f}", f"{cell.median('place_p99_ms'):.1f}"]
+        lines.append(f"| {' | '.join(map(str, columns))} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The baseline order service over HTTP: FastAPI, SQLAlchemy 2 Core, one transaction per request.
+"""The baseline order service over HTTP: FastAPI, SQLAlchemy 2, one transaction per request.
 
 It sells correctly.  Stock changes by conditional UPDATE, an idempotency key is a row under a unique
 constraint, and a pay notice settles order, payment and stock in one transaction.  Durability is that
@@ -10,7 +10,8 @@ flatters the baseline, which then pays for no broker and no second process.
 
 Run it with ``uvicorn benchmarks.baseline.app:app --loop uvloop --http httptools --no-access-log``.
 It reads ``BASELINE_DATABASE``, ``BASELINE_TOKEN_SECRET`` and ``BASELINE_NOTICE_SECRET``, and if set
-``BASELINE_SKUS``, ``BASELINE_UNITS``, ``BASELINE_POOL`` and ``BASELINE_PAY_WINDOW`` (seconds).
+``BASELINE_STYLE`` (``orm`` or ``core``), ``BASELINE_SKUS``, ``BASELINE_UNITS``, ``BASELINE_POOL`` and
+``BASELINE_PAY_WINDOW`` (seconds).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import hmac
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -34,11 +35,14 @@ from jwt.types import Options
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from benchmarks.baseline.orders import PROVIDER, Cart, Order, OrderService, PaidNotice, Refused
-from benchmarks.baseline.tables import create_tables, open_database
+from benchmarks.baseline.core import CoreOrders
+from benchmarks.baseline.orm import OrmOrders
+from benchmarks.baseline.tables import Database, create_tables, open_database
+from benchmarks.baseline.values import PROVIDER, Cart, Order, OrderService, PaidNotice, Refused
 
 MERCHANT_ID = "holdfast-demo"
 POLL_SECONDS = 1.0
+STYLES: dict[str, Callable[[Database, timedelta], OrderService]] = {"orm": OrmOrders, "core": CoreOrders}
 CLAIMS: Options = {"require": ["sub", "exp"]}
 SIGNATURE_TOLERANCE_SECONDS = 300
 
@@ -54,6 +58,7 @@ class Settings:
     notice_secret: bytes
     skus: int
     units: int
+    style: str
     pool_size: int
     pay_window: timedelta
 
@@ -66,6 +71,7 @@ class Settings:
             notice_secret=os.environ["BASELINE_NOTICE_SECRET"].encode(),
             skus=int(os.environ.get("BASELINE_SKUS", "100")),
             units=int(os.environ.get("BASELINE_UNITS", "1000000")),
+            style=os.environ.get("BASELINE_STYLE", "orm"),
             pool_size=int(os.environ.get("BASELINE_POOL", "8")),
             pay_window=timedelta(seconds=float(os.environ.get("BASELINE_PAY_WINDOW", "900"))),
         )
@@ -159,7 +165,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     async with open_database(settings.database, settings.pool_size) as database:
         await create_tables(database, settings.skus, settings.units)
         app.state.settings = settings
-        app.state.orders = OrderService(database, settings.pay_window)
+        app.state.orders = STYLES[settings.style](database, settings.pay_window)
         poller = asyncio.create_task(poll_overdue(app.state.orders))
         try:
             yield

@@ -41,7 +41,7 @@ from holdfast.services.stock import listeners as stock_listeners
 from holdfast.services.stock.actions import Stock
 from holdfast.services.stock.service import StockService
 from holdfast.services.sweeper import Sweeper
-from holdfast.settings import MessagingSettings, Settings
+from holdfast.settings import DatabaseSettings, MessagingSettings, Settings
 
 HISTORIES = (MESSAGING_HISTORY, SERVICES_HISTORY)
 
@@ -134,17 +134,18 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             )
         )
         group, ids, outbox = bus.group, bus.ids, bus.outbox
+        stock_group = await stack.enter_async_context(_stock_writer(database, group, clock, settings.database))
         sandbox = _sandbox(settings, group, clock)
         payments = Payments(clock, ids, outbox, sandbox, settings.payments.merchant_id)
         payment_service = PaymentService(database, group, payments, sandbox, clock)
         stock = Stock(clock, ids, outbox)
         place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
         transitions = Transitions(clock, ids, outbox, payments)
-        orders = OrderService(database, group, place, transitions, payment_service, clock, settings.orders)
-        stock_service = StockService(database, group, stock, orders, clock)
+        orders = OrderService(database, stock_group, group, place, transitions, payment_service, clock, settings.orders)
+        stock_service = StockService(database, stock_group, stock, orders, clock)
         listens = (
             *order_listeners.listeners(orders, transitions),
-            *stock_listeners.listeners(stock),
+            *stock_listeners.listeners(stock, stock_group),
             *payment_listeners.listeners(payments, payment_service),
         )
         system = System(
@@ -170,6 +171,25 @@ async def migrate_all(settings: Settings) -> dict[str, tuple[str | None, str | N
         return await migrate(database, HISTORIES)
     finally:
         await database.close()
+
+
+@asynccontextmanager
+async def _stock_writer(
+    database: Database, group: GroupCommit, clock: Clock, settings: DatabaseSettings
+) -> AsyncIterator[GroupCommit]:
+    """Where the database takes two writers: one for all that locks stock rows, so neither waits for the other's locks.
+
+    While PostgreSQL works for the one, this process works for the other.
+    """
+    if database.dialect == "sqlite":
+        yield group
+        return
+    writer = GroupCommit(database, clock, name="stock", batch_max=settings.batch_max, queue_max=settings.queue_max)
+    writer.start()
+    try:
+        yield writer
+    finally:
+        await writer.close()
 
 
 def _sandbox(settings: Settings, group: GroupCommit, clock: Clock) -> Sandbox:

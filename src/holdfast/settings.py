@@ -118,6 +118,8 @@ class HttpSettings(Section, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65_535)] = 8_000  # 0 for a free one
     token_secret: Secret = Secret("")  # signs bearer tokens; at least 32 bytes
     body_bytes_max: Annotated[int, Meta(ge=1_024, le=10_485_760)] = 65_536  # larger requests are refused
+    head_bytes_max: Annotated[int, Meta(ge=1_024, le=1_048_576)] = 32_768  # path and headers of a request
+    head_timeout_ms: Annotated[int, Meta(ge=100, le=600_000)] = 10_000  # for the headers to arrive
     request_timeout_ms: Annotated[int, Meta(ge=100, le=600_000)] = 15_000  # then the answer is 503 outcome_unknown
 
 

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -140,6 +140,20 @@ class Counter:
                 return head + await reader.readexactly(int(length[1]) if length else 0)
         except (ConnectionResetError, BrokenPipeError):
             return b""  # the server closed before it had read everything
+        finally:
+            writer.close()
+
+    async def raw_slowly(self, pieces: Sequence[bytes]) -> bytes:
+        """Send one piece after the other, each when the one before has left, until the server closes; its answer."""
+        host, port = self.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0)
+            async with asyncio.timeout(WAIT_S):
+                return await reader.read(-1)
         finally:
             writer.close()
 

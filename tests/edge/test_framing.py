@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
+import pytest_asyncio
 
-from holdfast.edge.server import _bind
+from holdfast.edge.server import _bind, _url
 from tests.conftest import eventually
 from tests.edge import bad
 from tests.edge.bad import Route
@@ -172,6 +174,51 @@ async def test_what_is_no_request_is_told_so_and_cut(shared_on_sqlite: Counter, 
     assert server_errors() == faults
 
 
+HEAD_MAX = 4_096
+LONG_HEADS: dict[str, list[bytes]] = {
+    "a long path": [b"GET /v1/stocks/" + b"x" * HEAD_MAX + b" HTTP/1.1\r\nHost: shop\r\n\r\n"],
+    "a long header": [b"GET /v1/stocks/SKU-1 HTTP/1.1\r\nX: " + b"x" * HEAD_MAX + b"\r\n\r\n"],
+    "many headers": [b"GET /v1/stocks/SKU-1 HTTP/1.1\r\n" + b"X: 12345678\r\n" * 500 + b"\r\n"],
+    "a header that never ends": [b"GET /v1/stocks/SKU-1 HTTP/1.1\r\nX: ", *[b"x" * 1_000] * 5],
+    "headers that never end": [b"GET /v1/stocks/SKU-1 HTTP/1.1\r\n", *[b"X: 12345678\r\n" * 40] * 8],
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def narrow(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Counter]:
+    """A server that takes small heads only, and not for long."""
+    settings = settings_on(f"sqlite:///{tmp_path_factory.mktemp('narrow')}/holdfast.db")
+    http = msgspec.structs.replace(settings.http, head_bytes_max=HEAD_MAX, head_timeout_ms=300)
+    async with serving(msgspec.structs.replace(settings, http=http)) as counter:
+        await fill(counter.system)
+        yield counter
+
+
+@pytest.mark.parametrize("name", LONG_HEADS)
+async def test_a_head_that_is_too_large_is_refused_although_it_has_not_ended(narrow: Counter, name: str) -> None:
+    answer = await narrow.raw_slowly(LONG_HEADS[name])
+    assert statuses(answer) == [431]
+    assert b'"code":"head_too_large"' in answer
+    assert PROBLEM.encode() in answer
+
+
+@pytest.mark.parametrize("sent", [b"", b"G", b"GET /v1/stocks/SKU-1 HTTP/1.1\r\nHost: shop\r\n"])
+async def test_a_head_that_does_not_come_is_given_up_in_time(narrow: Counter, sent: bytes) -> None:
+    answer = await narrow.raw(sent)
+    assert statuses(answer) == [408]
+    assert b'"code":"request_timeout"' in answer
+
+
+async def test_the_next_head_on_a_kept_connection_is_timed_too(narrow: Counter) -> None:
+    good = b"GET /v1/stocks/SKU-1 HTTP/1.1\r\nHost: shop\r\n\r\n"
+    assert statuses(await narrow.raw(good + b"GET /v1/st")) == [200, 408]
+
+
+async def test_a_head_just_within_the_limit_is_taken(narrow: Counter) -> None:
+    good = b"GET /v1/stocks/SKU-1 HTTP/1.1\r\nHost: shop\r\nConnection: close\r\nX: " + b"x" * (HEAD_MAX - 200)
+    assert statuses(await narrow.raw(good + b"\r\n\r\n")) == [200]
+
+
 DOTS = (
     "/v1/orders/..",
     "/v1/orders/.",
@@ -218,3 +265,7 @@ async def test_the_listening_socket_says_that_it_is_tcp() -> None:
 
     with _bind("127.0.0.1", 0) as bound:
         assert bound.proto == socket.IPPROTO_TCP
+
+
+async def test_the_address_is_one_that_a_browser_takes() -> None:
+    assert (_url("127.0.0.1", 80), _url("::1", 80)) == ("http://127.0.0.1:80", "http://[::1]:80")

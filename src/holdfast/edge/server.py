@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -15,8 +16,9 @@ import uvloop
 from holdfast import observe
 from holdfast.bootstrap import System, running
 from holdfast.edge.http.app import build_app
+from holdfast.edge.http.connection import Connection
 from holdfast.errors import InvalidSettings
-from holdfast.settings import Settings
+from holdfast.settings import HttpSettings, Settings
 
 BACKLOG = 2_048
 
@@ -69,7 +71,7 @@ async def listening(system: System) -> Any:
     bound = _bind(settings.host, settings.port)
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=_connection(settings),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -87,10 +89,19 @@ async def listening(system: System) -> Any:
             await system.clock.sleep(0.005)
         if task.done():
             task.result()
-        yield f"http://{settings.host}:{bound.getsockname()[1]}"
+        yield _url(settings.host, bound.getsockname()[1])
     finally:
         server.should_exit = True
         await task
+
+
+def _connection(settings: HttpSettings) -> Any:
+    """What uvicorn calls for each client, as it would a protocol class."""
+    return partial(Connection, head_bytes_max=settings.head_bytes_max, head_timeout_s=settings.head_timeout_ms / 1_000)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _bind(host: str, port: int) -> socket.socket:

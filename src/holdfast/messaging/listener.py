@@ -60,6 +60,7 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
     ack: AckMode = "auto"
     prefetch: int = 200
     concurrency: int = 32  # plain handlers at once
+    group: GroupCommit | None = None  # the writer of its effects; the toolkit's own unless given
     local: RetryPolicy = RetryPolicy(tries=3, interval_ms=1_000)
     durable: RetryPolicy = RetryPolicy(tries=10, interval_ms=5_000, multiplier=2.0, jitter=0.1)
 
@@ -82,7 +83,7 @@ class Listener:
             raise InvalidInput(f"listener {listen.name!r}: effects need a transport that shares the database")
         self._listen = listen
         self._transport = transport
-        self._group = group
+        self._group = listen.group or group
         self._inbox = inbox
         self._codec = codec
         self._clock = clock

@@ -13,7 +13,7 @@ from holdfast.bootstrap import System
 from holdfast.edge.http import health, orders, payments, stock
 from holdfast.edge.http.auth import Tokens
 from holdfast.edge.http.hot import HotRoutes
-from holdfast.edge.http.problems import from_error, from_framework
+from holdfast.edge.http.problems import from_error, from_framework, page_not_found
 from holdfast.edge.http.shell import Shell
 from holdfast.errors import HoldfastError
 
@@ -33,6 +33,7 @@ def build_app(system: System) -> ASGIApp:
             HTTPException: from_framework,
             Exception: from_error,
         },
+        after_request=page_not_found,
         openapi_config=OpenAPIConfig(title="holdfast", version="1", path="/schema"),
         request_max_body_size=system.settings.http.body_bytes_max,
         state=State({"tokens": tokens}),

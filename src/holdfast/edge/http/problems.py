@@ -6,7 +6,7 @@ import secrets
 from typing import Any
 
 import msgspec
-from litestar import Request, Response
+from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
 from holdfast import observe
@@ -83,10 +83,12 @@ _TITLES = {
     403: "Not allowed",
     404: "Not found",
     405: "Method not allowed",
+    408: "Too slow",
     409: "Not possible",
     413: "Too large",
     415: "Wrong content type",
     422: "Cannot be processed",
+    431: "Too large",
     500: "Our fault",
     503: "Try again",
 }
@@ -133,6 +135,13 @@ def from_framework(_: Request[Any, Any, Any], error: HTTPException) -> Response[
     code = _CODES.get(status, "invalid_input")
     detail = _fields(error) if isinstance(error, ValidationException) else str(error.detail)
     return _respond(problem(status, code, detail), dict(error.headers or {}))
+
+
+def page_not_found(response: Response[Any]) -> Response[Any]:
+    """The framework's pages of the schema answer an unknown path in HTML; the same problem as anywhere else then."""
+    if response.status_code == 404 and response.media_type == MediaType.HTML:
+        return _respond(problem(404, _CODES[404], "there is no such page of the schema"), {})
+    return response
 
 
 def _unexpected(error: Exception) -> Problem:

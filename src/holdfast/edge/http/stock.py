@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from litestar import Request, Router, get, post, put
+from litestar import Request, Response, Router, get, post, put, route
 from litestar.di import NamedDependency, Provide
 from litestar.params import FromPath, RawBody
 
@@ -60,6 +60,12 @@ async def available(sku: FromPath[str], system: NamedDependency[System]) -> Avai
 async def available_of_receipts(system: NamedDependency[System]) -> Availability:
     """A SKU may be called `receipts`, although receipts are posted to that path."""
     return await _availability("receipts", system)
+
+
+@route("/stocks/receipts", http_method=["OPTIONS"], include_in_schema=False, status_code=204)
+async def receipts_methods() -> Response[None]:
+    """Two routes share this path, and the framework would tell of one of them only."""
+    return Response(content=None, headers={"Allow": "GET, OPTIONS, POST"})
 
 
 @get(
@@ -126,5 +132,5 @@ def checked(sku: str) -> str:
 
 def router() -> Router:
     """The routes below /v1."""
-    handlers: list[Any] = [available, available_of_receipts, levels, keep, receive]
+    handlers: list[Any] = [available, receipts_methods, available_of_receipts, levels, keep, receive]
     return Router(path="/v1", route_handlers=handlers, tags=["stock"])

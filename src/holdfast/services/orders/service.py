@@ -55,6 +55,7 @@ class OrderService:
     def __init__(
         self,
         database: Database,
+        stock_group: GroupCommit,
         group: GroupCommit,
         place: PlaceOrders,
         transitions: Transitions,
@@ -63,6 +64,7 @@ class OrderService:
         settings: OrdersSettings,
     ) -> None:
         self._database = database
+        self._stock_group = stock_group  # placing holds stock
         self._group = group
         self._place = place
         self._transitions = transitions
@@ -77,7 +79,7 @@ class OrderService:
         `Overloaded`, `Unavailable`, `OutcomeUnknown`: then the same request with the same key may be sent again.
         """
         check_lines(request.lines, self._settings.lines_max, self._settings.quantity_max)
-        return await self._group.submit(self._place, request)
+        return await self._stock_group.submit(self._place, request)
 
     async def get(self, order_id: int, buyer: str) -> OrderView:
         """A buyer's own order; raises `OrderNotFound`, also for another's."""
