@@ -2,6 +2,7 @@
 
     HoldfastError
     ├── InvalidInput            the caller's data is wrong; nothing was changed
+    │   ├── NoSuchQueue         a queue that nobody declared
     │   ├── InvalidSettings     a setting is unknown, missing or out of range
     │   └── CannotDecode        a message body does not fit the type its handler asks for
     ├── Refused                 a rule said no; nothing was changed (services add their own below it)
@@ -47,6 +48,12 @@ class InvalidInput(HoldfastError):
     """The given data is wrong; nothing was changed."""
 
     code = "invalid_input"
+
+
+class NoSuchQueue(InvalidInput):
+    """There is no such queue; declare it first."""
+
+    code = "no_such_queue"
 
 
 class InvalidSettings(InvalidInput):

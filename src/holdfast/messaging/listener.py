@@ -27,7 +27,7 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import CannotDecode, HoldfastError, InvalidInput, ShuttingDown, Unavailable
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.inbox import Inbox
-from holdfast.messaging.message import Delivery, Settlement, ack, reject, retry
+from holdfast.messaging.message import Delivery, Settlement, ack, park, retry
 from holdfast.messaging.retry import Retry, RetryPolicy
 from holdfast.messaging.transport import Subscription, Transport
 
@@ -110,14 +110,23 @@ class Listener:
             await asyncio.wait([self._pump, *late])
 
     async def _run(self) -> None:
-        subscription = self._transport.subscribe(self._listen.queue, prefetch=self._listen.prefetch)
-        self._subscription = subscription
-        try:
-            async with subscription:
-                await self._take_all(subscription)
-        except HoldfastError as error:
-            # Giving back failed; the leases run out and the messages come again.
-            log.warning("listener_stopped_unclean", listener=self._listen.name, error=error.code)
+        """Consume until stopped; a queue that is missing, or a database that is away, is asked for again and again."""
+        while not self._stopping.is_set():
+            subscription = self._transport.subscribe(self._listen.queue, prefetch=self._listen.prefetch)
+            self._subscription = subscription
+            entered = False
+            try:
+                async with subscription:
+                    entered = True
+                    await self._take_all(subscription)
+                    return
+            except HoldfastError as error:
+                if entered:
+                    # Giving back failed; the leases run out and the messages come again.
+                    log.warning("listener_stopped_unclean", listener=self._listen.name, error=error.code)
+                    return
+                log.warning("cannot_listen", listener=self._listen.name, error=error.code, detail=error.detail)
+                await self._pause(AWAY_S)
 
     async def _take_all(self, subscription: Subscription) -> None:
         try:
@@ -164,7 +173,7 @@ class Listener:
             body = self._codec.decode(delivery.message)
             call = self._handler(subscription, delivery, body)
         except CannotDecode as error:
-            return reject(delivery, error.detail)
+            return park(delivery, error.detail)
         failure = await self._try_locally(delivery, call)
         if self._listen.ack != "auto":
             if failure is not None and not isinstance(failure, ShuttingDown):
@@ -229,7 +238,7 @@ class Listener:
             return retry(delivery, self._listen.durable.interval_ms, counts=False, reason=error.detail)
         wait_ms = self._listen.durable.delay_ms(delivery.attempt, error, self._chance)
         if wait_ms is None:
-            return reject(delivery, _describe(error))
+            return park(delivery, _describe(error))
         return retry(delivery, wait_ms, reason=repr(error)[:300])
 
     async def _apply(

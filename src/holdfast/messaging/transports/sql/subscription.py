@@ -21,6 +21,7 @@ from sqlalchemy import (
     insert,
     literal,
     null,
+    or_,
     select,
     update,
 )
@@ -33,8 +34,11 @@ from holdfast.db.prepared import Prepared, among
 from holdfast.errors import AlreadySettled, HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.message import Delivery, Message, Settlement
-from holdfast.messaging.tables import messages, parked
+from holdfast.messaging.tables import messages, parked, queues
+from holdfast.messaging.topology import Queue
+from holdfast.messaging.transports.sql.lifetimes import Lifetimes
 from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
+from holdfast.messaging.transports.sql.writer import Writer, storable
 
 log = observe.logger("sql_transport")
 
@@ -61,6 +65,7 @@ def _claim(_: Dialect) -> Executable:
     due = (
         select(messages.c.id)
         .where(messages.c.queue == bindparam("of_queue"), messages.c.due_us <= bindparam("now_us"))
+        .where(or_(messages.c.expires_us.is_(None), messages.c.expires_us > bindparam("now_us")))
         .order_by(messages.c.due_us, messages.c.id)
         .limit(bindparam("room", type_=BigInteger))
         .with_for_update(skip_locked=True)
@@ -71,6 +76,29 @@ def _claim(_: Dialect) -> Executable:
         .where(messages.c.id.in_(select(due.c.id)))
         .values(due_us=bindparam("until_us"), lease=bindparam("new_lease"), deliveries=messages.c.deliveries + 1)
         .returning(*_CLAIMED)
+    )
+
+
+def _activate(_: Dialect) -> Executable:
+    free = or_(
+        queues.c.active.is_(None),
+        queues.c.active == bindparam("consumer", type_=BigInteger),
+        queues.c.active_until_us <= bindparam("now_us"),
+    )
+    return (
+        update(queues)
+        .where(queues.c.name == bindparam("of_queue"), free)
+        .values(active=bindparam("consumer", type_=BigInteger), active_until_us=bindparam("until_us"))
+        .returning(queues.c.name)
+    )
+
+
+def _step_down(_: Dialect) -> Executable:
+    return (
+        update(queues)
+        .where(queues.c.name == bindparam("of_queue"), queues.c.active == bindparam("consumer", type_=BigInteger))
+        .values(active=null(), active_until_us=null())
+        .returning(queues.c.name)
     )
 
 
@@ -106,6 +134,8 @@ _DELETE = Prepared(
     lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")).returning(messages.c.id)
 )
 _PUT_BACK = Prepared(_put_back)
+_ACTIVATE = Prepared(_activate)
+_STEP_DOWN = Prepared(_step_down)
 _MOVE = Prepared(_moved)
 
 
@@ -133,6 +163,8 @@ class SqlSubscription:
         ids: IdSource,
         wakeups: Wakeups,
         tell: Callable[[set[tuple[str, int]]], None],
+        writer: Writer,
+        lifetimes: Lifetimes,
         prefetch: int,
         lease_us: int,
         poll_us: int,
@@ -143,6 +175,10 @@ class SqlSubscription:
         self._ids = ids
         self._wakeups = wakeups
         self._tell = tell
+        self._writer = writer
+        self._lifetimes = lifetimes
+        self._declared: Queue | None = None
+        self._consumer = ids.next()  # by which a single active consumer is known
         self._waiter = Waiter(clock)
         self._in_flight = observe.messages_in_flight.labels(queue)
         self._prefetch = prefetch
@@ -153,6 +189,7 @@ class SqlSubscription:
         self._closed = False
 
     async def __aenter__(self) -> SqlSubscription:
+        self._declared = await self._lifetimes.enter(self._queue)
         self._wakeups.add(self._queue, self._waiter)
         self._renewal = asyncio.create_task(self._renew(), name=f"renew-{self._queue}")
         return self
@@ -169,6 +206,11 @@ class SqlSubscription:
             await self._group.submit(self._give_back, list(self._held.values()))
             self._in_flight.dec(len(self._held))
             self._held.clear()
+        if self._declared is not None:
+            if self._declared.single_active_consumer:
+                await self._group.submit(self._retire, None)
+            await self._lifetimes.leave(self._declared)
+            self._declared = None
 
     def stop(self) -> None:
         self._closed = True
@@ -204,6 +246,12 @@ class SqlSubscription:
 
     async def _claim_once(self, tx: Tx, room: int) -> _Claimed:
         now_us = self._clock.now_us()
+        if (
+            self._declared is not None
+            and self._declared.single_active_consumer
+            and not await self._is_active(tx, now_us)
+        ):
+            return _Claimed((), None)  # polling finds out when the active one is gone
         rows = await _CLAIM.rows(
             tx,
             of_queue=self._queue,
@@ -216,6 +264,18 @@ class SqlSubscription:
             return _Claimed(sorted(rows, key=lambda row: (row.ready_us, row.id)), None)
         (soonest,) = await _SOONEST.rows(tx, of_queue=self._queue, now_us=now_us)
         return _Claimed((), soonest.due_us)
+
+    async def _is_active(self, tx: Tx, now_us: int) -> bool:
+        until_us = now_us + self._lease_us
+        return bool(
+            await _ACTIVATE.rows(tx, of_queue=self._queue, consumer=self._consumer, now_us=now_us, until_us=until_us)
+        )
+
+    async def _retire(self, tx: Tx, requests: Sequence[None]) -> list[HoldfastError | None]:
+        await _STEP_DOWN.rows(tx, of_queue=self._queue, consumer=self._consumer)
+        now_us = self._clock.now_us()
+        tx.on_commit(lambda: self._tell({(self._queue, now_us)}))
+        return [None for _ in requests]
 
     def _delivery(self, row: Any) -> Delivery:
         receipt = Receipt(row.id, row.lease)
@@ -244,7 +304,9 @@ class SqlSubscription:
         for settlement in settlements:
             by_kind.setdefault(settlement.kind, []).append(settlement)
         if rejected := by_kind.get("reject"):
-            await self._park(tx, rejected)
+            await self._reject(tx, rejected)
+        if parking := by_kind.get("park"):
+            await self._park(tx, parking)
         if gone := by_kind.get("ack"):
             row_ids = [settlement.delivery.receipt.row_id for settlement in gone]
             await _DELETE.rows(tx, row_ids=row_ids)
@@ -252,11 +314,16 @@ class SqlSubscription:
             await self._put_back(tx, again)
         tx.on_commit(lambda: self._settled(settlements))
 
+    async def _reject(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
+        for settlement in rejected:
+            found = await tx.execute(select(*messages.columns).where(_held_by(settlement)))
+            await self._writer.bury(tx, found.all(), "rejected", settlement.reason)
+
     async def _park(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
         for settlement in rejected:
             kept = select(
                 *(messages.c[name] for name in _KEPT),
-                literal(_storable(settlement.reason), Text),
+                literal(storable(settlement.reason), Text),
                 literal(self._clock.now_us(), BigInteger),
             ).where(_held_by(settlement))
             moved = await tx.execute(insert(parked).from_select([*_KEPT, "reason", "parked_us"], kept))
@@ -300,6 +367,8 @@ class SqlSubscription:
         """Extend the leases of what is held, so that a slow handler keeps its message."""
         while True:
             await self._clock.sleep(self._lease_us / 3 / US_PER_S)
+            if self._declared is not None and self._declared.single_active_consumer:
+                self._waiter.wake()  # asking for more renews the claim to be the active one
             if not self._held:
                 continue
             try:
@@ -333,8 +402,3 @@ def _held_by(settlement: Settlement) -> ColumnElement[bool]:
     receipt = settlement.delivery.receipt
     held: ColumnElement[bool] = (messages.c.id == receipt.row_id) & (messages.c.lease == receipt.lease)
     return held
-
-
-def _storable(reason: str) -> str:
-    """A reason that any database takes: an error may say anything, NUL and half a surrogate pair included."""
-    return reason[:4_000].replace("\x00", "").encode("utf-8", "replace").decode()
