@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from weakref import WeakSet
 
 from sqlalchemy import Executable, case, delete, func, select, update
 
@@ -50,6 +51,9 @@ def _cancel(dialect: Dialect) -> Executable:
 _CANCEL = Prepared(_cancel)
 
 
+_TAKEN_OVER: WeakSet[Database] = WeakSet()
+
+
 class SqlTransport:
     """The transport over SQLite and PostgreSQL.
 
@@ -93,8 +97,12 @@ class SqlTransport:
         return self._features
 
     async def start(self) -> None:
-        """Take over what a former process left; on SQLite its leases are void at once: one process writes."""
-        if self._database.dialect == "sqlite":
+        """Take over what a former process left; on SQLite its leases are void at once: one process writes.
+
+        Only the first transport on an opened database does so: what the others find may be the first one's.
+        """
+        if self._database.dialect == "sqlite" and self._database not in _TAKEN_OVER:
+            _TAKEN_OVER.add(self._database)
             async with self._database.transaction() as tx:
                 held = update(messages).where(messages.c.lease.is_not(None))
                 await tx.execute(held.values(lease=None, due_us=self._clock.now_us()))
