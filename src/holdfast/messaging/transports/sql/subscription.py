@@ -9,21 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Executable,
-    Integer,
-    Text,
-    bindparam,
-    delete,
-    func,
-    insert,
-    literal,
-    null,
-    select,
-    update,
-)
+from sqlalchemy import BigInteger, Executable, Integer, bindparam, delete, func, null, select, update
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, US_PER_S, Clock
@@ -33,7 +19,8 @@ from holdfast.db.prepared import Prepared, among
 from holdfast.errors import AlreadySettled, HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.message import Delivery, Message, Settlement
-from holdfast.messaging.tables import messages, parked
+from holdfast.messaging.tables import messages
+from holdfast.messaging.transports.sql import parking
 from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
 
 log = observe.logger("sql_transport")
@@ -53,7 +40,6 @@ _CLAIMED = (
     messages.c.body,
     messages.c.published_us,
 )
-_KEPT = [column.name for column in parked.columns if column.name in messages.columns]
 
 
 def _claim(_: Dialect) -> Executable:
@@ -248,20 +234,15 @@ class SqlSubscription:
         if gone := by_kind.get("ack"):
             row_ids = [settlement.delivery.receipt.row_id for settlement in gone]
             await _DELETE.rows(tx, row_ids=row_ids)
+            if replayed := parking.replayed(gone):
+                await parking.done(tx, replayed, self._clock.now_us(), self._ids)
         if again := by_kind.get("retry"):
             await self._put_back(tx, again)
         tx.on_commit(lambda: self._settled(settlements))
 
     async def _park(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
         for settlement in rejected:
-            kept = select(
-                *(messages.c[name] for name in _KEPT),
-                literal(_storable(settlement.reason), Text),
-                literal(self._clock.now_us(), BigInteger),
-            ).where(_held_by(settlement))
-            moved = await tx.execute(insert(parked).from_select([*_KEPT, "reason", "parked_us"], kept))
-            await tx.execute(delete(messages).where(_held_by(settlement)))
-            if not moved.rowcount:
+            if not await parking.park(tx, settlement, self._clock.now_us(), self._ids):
                 continue
             log.warning(
                 "message_parked",
@@ -326,15 +307,3 @@ async def _move(tx: Tx, receipts: Sequence[Receipt], due_us: int, *, keep: bool)
     for lease in {receipt.lease for receipt in receipts}:
         row_ids = [receipt.row_id for receipt in receipts if receipt.lease == lease]
         await _MOVE.rows(tx, row_ids=row_ids, held_lease=lease, to_us=due_us, to_lease=lease if keep else None)
-
-
-def _held_by(settlement: Settlement) -> ColumnElement[bool]:
-    """The message, if its lease is still ours: one whose lease ran out is for its new holder to decide."""
-    receipt = settlement.delivery.receipt
-    held: ColumnElement[bool] = (messages.c.id == receipt.row_id) & (messages.c.lease == receipt.lease)
-    return held
-
-
-def _storable(reason: str) -> str:
-    """A reason that any database takes: an error may say anything, NUL and half a surrogate pair included."""
-    return reason[:4_000].replace("\x00", "").encode("utf-8", "replace").decode()
