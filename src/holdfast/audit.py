@@ -268,7 +268,15 @@ MESSAGES = (
     Check(
         name="messages.parked",
         promise="no message is parked for a human",
-        query="""SELECT id AS row_id, queue, type, message_id, attempt, reason FROM hf_parked""",
+        query="""SELECT id AS row_id, queue, type, message_id, attempt, reason FROM hf_parked WHERE state = 'parked'""",
+    ),
+    Check(
+        name="messages.replays",
+        promise="each parked message that is being replayed has its message in the queue",
+        query="""SELECT parked.id AS row_id, parked.queue, parked.type, parked.message_id, parked.replay_id
+                 FROM hf_parked parked
+                 LEFT JOIN hf_message replay ON replay.id = parked.replay_id AND replay.queue = parked.queue
+                 WHERE parked.state = 'pending' AND replay.id IS NULL""",
     ),
 )
 
@@ -283,7 +291,7 @@ FIGURES = """
     UNION ALL SELECT 'captured minor', coalesce(sum(captured_minor), 0) FROM payment_order
     UNION ALL SELECT 'refunded minor', coalesce(sum(refunded_minor), 0) FROM payment_order
     UNION ALL SELECT 'messages waiting', count(*) FROM hf_message
-    UNION ALL SELECT 'messages parked', count(*) FROM hf_parked
+    UNION ALL SELECT 'messages parked', count(*) FROM hf_parked WHERE state = 'parked'
 """
 
 

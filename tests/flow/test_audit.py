@@ -69,9 +69,12 @@ def one(check: str, sql: str, how: str = "", **shows: str) -> Corruption:
 
 
 PARK = """INSERT INTO hf_parked (id, queue, attempt, deliveries, message_id, exchange, routing_key, type, content_type,
-                                 headers, body, published_us, reason, parked_us)
+                                 headers, body, published_us, reason, parked_us, failed_us, error, group_key, state,
+                                 loops, replay_id)
           SELECT id, queue, attempt, deliveries, message_id, exchange, routing_key, type, content_type,
-                 headers, body, published_us, 'no retry can help', :now FROM hf_message"""
+                 headers, body, published_us, 'no retry can help', :now, :now, '', 'all', 'parked', 0, NULL
+          FROM hf_message"""
+REPLAYED = "UPDATE hf_parked SET state = 'pending', replay_id = id + 1"
 
 CORRUPTIONS = (
     Corruption(
@@ -231,6 +234,7 @@ CORRUPTIONS = (
     ),
     one("messages.unsent", "UPDATE hf_message SET due_us = :now - 1", row_id="pending_message"),
     one("messages.parked", PARK, row_id="pending_message"),
+    Corruption(check="messages.replays", breaks=(PARK, REPLAYED), shows={"row_id": "pending_message"}),
 )
 
 # Rows that are missing, or that belong to nothing; all the others agree with each other.

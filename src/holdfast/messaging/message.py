@@ -10,6 +10,7 @@ import msgspec
 from holdfast.errors import AlreadySettled
 
 HEADER_TRACEPARENT = "traceparent"
+HEADER_PARKED_ID = "x-holdfast-parked-id"  # on a message that was replayed: the row of the error store it came from
 JSON = "application/json"
 
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, LargeBinary, MetaData, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+)
 
 from holdfast.db.migrate import History
 
@@ -84,7 +95,8 @@ inbox = Table(
     Column("done_us", BigInteger, nullable=False),
 )
 
-# Messages that were given up on, kept for a human.
+# Messages that were given up on, kept for a human. `replay_id` is the row of hf_message that carries one while it is
+# `pending`; ids are never used twice, so whatever settles another row cannot touch this one.
 parked = Table(
     "hf_parked",
     metadata,
@@ -101,7 +113,33 @@ parked = Table(
     Column("body", LargeBinary, nullable=False),
     Column("published_us", BigInteger, nullable=False),
     Column("reason", Text, nullable=False),
-    Column("parked_us", BigInteger, nullable=False),
+    Column("parked_us", BigInteger, nullable=False),  # the first time
+    Column("failed_us", BigInteger, nullable=False),  # the last time
+    Column("error", Text, nullable=False),  # the exception's class; empty when a bare sentence was the reason
+    Column("group_key", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("loops", Integer, nullable=False),  # how often a replay of it failed again
+    Column("replay_id", BigInteger),
+    CheckConstraint("state IN ('parked', 'pending', 'done', 'discarded')", name="ck_hf_parked_state"),
+    CheckConstraint("(state = 'pending') = (replay_id IS NOT NULL)", name="ck_hf_parked_replay"),
 )
+Index("ix_hf_parked_state", parked.c.state, parked.c.id)
+
+# What was done with parked messages, and by whom; written in the same commit, never changed.
+parked_audit = Table(
+    "hf_parked_audit",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("at_us", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("parked_id", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("headers_before", Text),
+    Column("headers_after", Text),
+    Column("body_before", LargeBinary),
+    Column("body_after", LargeBinary),
+)
+Index("ix_hf_parked_audit_message", parked_audit.c.parked_id, parked_audit.c.id)
 
 HISTORY = History(name="messaging", folder=Path(__file__).parent / "migrations")

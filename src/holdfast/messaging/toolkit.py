@@ -14,6 +14,7 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.db.migrate import require_current
 from holdfast.ids import IdSource
 from holdfast.messaging.codec import Codec
+from holdfast.messaging.error_store import ErrorStore
 from holdfast.messaging.inbox import Inbox
 from holdfast.messaging.listener import Listen, Listener
 from holdfast.messaging.outbox import Outbox
@@ -36,6 +37,7 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
     inbox: Inbox
     outbox: Outbox
     publisher: Publisher
+    error_store: ErrorStore
     drain_s: float
     listeners: list[Listener]
 
@@ -95,6 +97,7 @@ async def open_messaging(
             inbox=Inbox(clock),
             outbox=Outbox(transport, codec, clock, ids),
             publisher=Publisher(transport, codec, clock, ids),
+            error_store=ErrorStore(database, clock, ids, tell=transport.tell),
             drain_s=settings.drain_ms / 1_000,
             listeners=[],
         )

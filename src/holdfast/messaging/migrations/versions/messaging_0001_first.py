@@ -77,8 +77,32 @@ def upgrade() -> None:
         sa.Column("published_us", sa.BigInteger(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("parked_us", sa.BigInteger(), nullable=False),
+        sa.Column("failed_us", sa.BigInteger(), nullable=False),
+        sa.Column("error", sa.Text(), nullable=False),
+        sa.Column("group_key", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("loops", sa.Integer(), nullable=False),
+        sa.Column("replay_id", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint("(state = 'pending') = (replay_id IS NOT NULL)", name="ck_hf_parked_replay"),
+        sa.CheckConstraint("state IN ('parked', 'pending', 'done', 'discarded')", name="ck_hf_parked_state"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_hf_parked")),
     )
+    op.create_index("ix_hf_parked_state", "hf_parked", ["state", "id"], unique=False)
+    op.create_table(
+        "hf_parked_audit",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("at_us", sa.BigInteger(), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("action", sa.Text(), nullable=False),
+        sa.Column("parked_id", sa.BigInteger(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("headers_before", sa.Text(), nullable=True),
+        sa.Column("headers_after", sa.Text(), nullable=True),
+        sa.Column("body_before", sa.LargeBinary(), nullable=True),
+        sa.Column("body_after", sa.LargeBinary(), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_hf_parked_audit")),
+    )
+    op.create_index("ix_hf_parked_audit_message", "hf_parked_audit", ["parked_id", "id"], unique=False)
     op.create_table(
         "hf_queue",
         sa.Column("name", sa.Text(), nullable=False),
@@ -109,6 +133,9 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("hf_binding")
     op.drop_table("hf_queue")
+    op.drop_index("ix_hf_parked_audit_message", table_name="hf_parked_audit")
+    op.drop_table("hf_parked_audit")
+    op.drop_index("ix_hf_parked_state", table_name="hf_parked")
     op.drop_table("hf_parked")
     op.drop_index("ix_hf_message_ready", table_name="hf_message")
     op.drop_index(

@@ -9,22 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Executable,
-    Integer,
-    Text,
-    bindparam,
-    delete,
-    func,
-    insert,
-    literal,
-    null,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import BigInteger, Executable, Integer, bindparam, delete, func, null, or_, select, update
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, US_PER_S, Clock
@@ -34,11 +19,12 @@ from holdfast.db.prepared import Prepared, among
 from holdfast.errors import AlreadySettled, HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.message import Delivery, Message, Settlement
-from holdfast.messaging.tables import messages, parked, queues
+from holdfast.messaging.tables import messages, queues
 from holdfast.messaging.topology import Queue
+from holdfast.messaging.transports.sql import parking
 from holdfast.messaging.transports.sql.lifetimes import Lifetimes
 from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
-from holdfast.messaging.transports.sql.writer import Writer, storable
+from holdfast.messaging.transports.sql.writer import Writer
 
 log = observe.logger("sql_transport")
 
@@ -57,7 +43,6 @@ _CLAIMED = (
     messages.c.body,
     messages.c.published_us,
 )
-_KEPT = [column.name for column in parked.columns if column.name in messages.columns]
 
 
 def _claim(_: Dialect) -> Executable:
@@ -305,38 +290,26 @@ class SqlSubscription:
             by_kind.setdefault(settlement.kind, []).append(settlement)
         if rejected := by_kind.get("reject"):
             await self._reject(tx, rejected)
-        if parking := by_kind.get("park"):
-            await self._park(tx, parking)
+        if given_up := by_kind.get("park"):
+            await self._park(tx, given_up)
         if gone := by_kind.get("ack"):
             row_ids = [settlement.delivery.receipt.row_id for settlement in gone]
             await _DELETE.rows(tx, row_ids=row_ids)
+            if replayed := parking.replayed(gone):
+                await parking.done(tx, replayed, self._clock.now_us(), self._ids)
         if again := by_kind.get("retry"):
             await self._put_back(tx, again)
         tx.on_commit(lambda: self._settled(settlements))
 
     async def _reject(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
         for settlement in rejected:
-            found = await tx.execute(select(*messages.columns).where(_held_by(settlement)))
-            await self._writer.bury(tx, found.all(), "rejected", settlement.reason)
+            await self._writer.bury(tx, await _held(tx, settlement), "rejected", settlement.reason)
 
-    async def _park(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
-        for settlement in rejected:
-            kept = select(
-                *(messages.c[name] for name in _KEPT),
-                literal(storable(settlement.reason), Text),
-                literal(self._clock.now_us(), BigInteger),
-            ).where(_held_by(settlement))
-            moved = await tx.execute(insert(parked).from_select([*_KEPT, "reason", "parked_us"], kept))
-            await tx.execute(delete(messages).where(_held_by(settlement)))
-            if not moved.rowcount:
-                continue
-            log.warning(
-                "message_parked",
-                queue=self._queue,
-                message_id=settlement.delivery.message.message_id,
-                type=settlement.delivery.message.type[:80],
-                reason=settlement.reason[:300],
-            )
+    async def _park(self, tx: Tx, given_up: Sequence[Settlement]) -> None:
+        for settlement in given_up:
+            for row in await _held(tx, settlement):
+                await self._writer.park(tx, row, settlement.reason)
+                await _DELETE.rows(tx, row_ids=[row.id])
 
     async def _put_back(self, tx: Tx, again: Sequence[Settlement]) -> None:
         # Only under our own lease: if it ran out, another consumer has the message and decides about it.
@@ -397,8 +370,11 @@ async def _move(tx: Tx, receipts: Sequence[Receipt], due_us: int, *, keep: bool)
         await _MOVE.rows(tx, row_ids=row_ids, held_lease=lease, to_us=due_us, to_lease=lease if keep else None)
 
 
-def _held_by(settlement: Settlement) -> ColumnElement[bool]:
-    """The message, if its lease is still ours: one whose lease ran out is for its new holder to decide."""
+async def _held(tx: Tx, settlement: Settlement) -> Sequence[Any]:
+    """The message's row, if its lease is still ours: one whose lease ran out is for its new holder to decide.
+
+    It is locked before the row of the error store that it may have come from, as an ack does.
+    """
     receipt = settlement.delivery.receipt
-    held: ColumnElement[bool] = (messages.c.id == receipt.row_id) & (messages.c.lease == receipt.lease)
-    return held
+    held = (messages.c.id == receipt.row_id) & (messages.c.lease == receipt.lease)
+    return (await tx.execute(select(*messages.columns).where(held).with_for_update())).all()

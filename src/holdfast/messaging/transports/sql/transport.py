@@ -178,6 +178,10 @@ class SqlTransport:
             poll_us=self._settings.poll_ms * US_PER_MS,
         )
 
+    def tell(self, dues: set[tuple[str, int]]) -> None:
+        """For each (queue, instant) wake who waits, here and in other processes; for rows that others wrote."""
+        self._tell(dues)
+
     async def stats(self, queue: str) -> QueueStats:
         now_us = self._clock.now_us()
         leased = messages.c.lease.is_not(None)

@@ -15,17 +15,16 @@ from holdfast.db.prepared import Prepared, among, insert_all
 from holdfast.errors import PublishRejected
 from holdfast.ids import IdSource
 from holdfast.messaging.dead_letters import Reason, deaths, goes_in_circles, with_death
-from holdfast.messaging.message import Outgoing
-from holdfast.messaging.tables import messages, parked, queues
+from holdfast.messaging.message import HEADER_PARKED_ID, Outgoing
+from holdfast.messaging.tables import messages, queues
 from holdfast.messaging.topology import Queue
-from holdfast.messaging.transports.sql import routing
+from holdfast.messaging.transports.sql import parking, routing
 
 EXPIRY = "amq.expiry"  # whoever waits for messages to expire hears of them under this name, which no queue can have
 
 log = observe.logger("sql_transport")
 
 _INSERT = insert_all(messages)
-_PARK = insert_all(parked)
 _DELETE = Prepared(lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")))
 _LOCK = Prepared(lambda _: select(queues.c.name).where(queues.c.name == bindparam("of_queue")).with_for_update())
 
@@ -91,16 +90,21 @@ class Writer:
         limits: dict[str, Queue] = {}
         for row in rows:
             queue = known.queues.get(row.queue) or Queue(name=row.queue)
+            headers = msgspec.json.decode(row.headers, type=dict[str, str])
             if queue.dead_letter_exchange is None:
                 if reason == "rejected":
                     await self.park(tx, row, told or "rejected, and its queue has no dead-letter exchange")
+                elif HEADER_PARKED_ID in headers:
+                    await parking.moved_on(tx, row.id, headers, now_us, self._ids)
                 continue
             reached = self._targets(known, queue, row)
             if isinstance(reached, str):
                 await self.park(tx, row, f"{reason}, and its dead letter was not taken: {reached}")
                 continue
+            if HEADER_PARKED_ID in headers:
+                headers = await parking.moved_on(tx, row.id, headers, now_us, self._ids)
             headers = with_death(
-                msgspec.json.decode(row.headers, type=dict[str, str]),
+                headers,
                 queue=row.queue,
                 reason=reason,
                 exchange=row.exchange,
@@ -123,8 +127,7 @@ class Writer:
 
     async def park(self, tx: Tx, row: Any, reason: str) -> None:
         """Copy a row to the error store; the caller deletes it."""
-        kept = {column.name: getattr(row, column.name) for column in parked.columns if column.name in messages.columns}
-        await _PARK.many(tx, [kept | {"reason": storable(reason), "parked_us": self._clock.now_us()}])
+        await parking.park(tx, row, reason, self._clock.now_us(), self._ids)
         log.warning(
             "message_parked", queue=row.queue, message_id=row.message_id, type=row.type[:80], reason=reason[:300]
         )
@@ -210,11 +213,6 @@ class Writer:
             "body": row.body,
             "published_us": row.published_us,
         }
-
-
-def storable(reason: str) -> str:
-    """A reason that any database takes: an error may say anything, NUL and half a surrogate pair included."""
-    return reason[:4_000].replace("\x00", "").encode("utf-8", "replace").decode()
 
 
 def _drops(queue: Queue) -> bool:
