@@ -66,13 +66,14 @@ _ENTRY = [
 ]
 _CARRIED = ("queue", "message_id", "exchange", "routing_key", "type", "content_type", "body", "published_us")
 _SEND = insert(messages).from_select(
-    ["id", "due_us", "ready_us", "headers", "attempt", "deliveries", *_CARRIED],
+    ["id", "due_us", "ready_us", "headers", "attempt", "deliveries", "crashes", *_CARRIED],
     select(
         bindparam("new_id", type_=BigInteger),
         bindparam("at_us", type_=BigInteger),
         bindparam("at_us", type_=BigInteger),
         bindparam("with_headers", type_=Text),
         literal(1),
+        literal(0),
         literal(0),
         *(parked.c[name] for name in _CARRIED),
     ).where(parked.c.id == bindparam("of_id", type_=BigInteger)),

@@ -60,6 +60,7 @@ messages = Table(
     Column("lease", BigInteger),
     Column("attempt", Integer, nullable=False),
     Column("deliveries", Integer, nullable=False),
+    Column("crashes", Integer, nullable=False),  # deliveries that ended without an outcome
     Column("cancel_key", Text),
     Column("expires_us", BigInteger),  # not delivered from this instant on, but dead-lettered or dropped
     Column("message_id", Text, nullable=False),

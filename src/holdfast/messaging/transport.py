@@ -43,6 +43,10 @@ class Subscription(Protocol):
         """Wait for the next deliveries, at least one; an empty list says that the subscription was closed."""
         ...
 
+    def limit(self, prefetch: int) -> None:
+        """Hold at most so many from now on; with 0 nothing more is taken."""
+        ...
+
     def stop(self) -> None:
         """Take no more: a waiting `take` returns, what is held may still be settled."""
         ...

@@ -32,6 +32,7 @@ def upgrade() -> None:
         sa.Column("lease", sa.BigInteger(), nullable=True),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("deliveries", sa.Integer(), nullable=False),
+        sa.Column("crashes", sa.Integer(), nullable=False),
         sa.Column("cancel_key", sa.Text(), nullable=True),
         sa.Column("expires_us", sa.BigInteger(), nullable=True),
         sa.Column("message_id", sa.Text(), nullable=False),

@@ -11,7 +11,7 @@ from sqlalchemy import literal_column, select, union_all, update
 
 from holdfast.db.database import Tx
 from holdfast.db.prepared import Prepared, insert
-from holdfast.errors import PublishRejected, TopologyMismatch
+from holdfast.errors import NoSuchExchange, TopologyMismatch
 from holdfast.messaging.message import Message
 from holdfast.messaging.routing import route
 from holdfast.messaging.tables import bindings, exchanges, queues
@@ -41,11 +41,11 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     queues: Mapping[str, Queue]
 
     def route(self, exchange: str, routing_key: str) -> Sequence[Queue]:
-        """The queues reached, over alternate exchanges too; raises `PublishRejected` for an unknown exchange."""
+        """The queues reached, over alternate exchanges too; raises `NoSuchExchange`."""
         if exchange == DEFAULT_EXCHANGE:
             return [self.queues[routing_key]] if routing_key in self.queues else []
         if exchange not in self.exchanges:
-            raise PublishRejected(f"there is no exchange {exchange!r} (404 NOT_FOUND); declare it first")
+            raise NoSuchExchange(f"there is no exchange {exchange!r} (404 NOT_FOUND); declare it first")
         asked: set[str] = set()
         at: str | None = exchange
         while at is not None and at not in asked and at in self.exchanges:
@@ -145,7 +145,7 @@ def check(known: Known, topology: Topology, *, passive: bool = False) -> None:
 
 
 async def queues_for(tx: Tx, message: Message) -> Sequence[Queue]:
-    """The queues this message reaches; raises `PublishRejected` when its exchange does not exist."""
+    """The queues this message reaches; raises `NoSuchExchange`."""
     key = ("route", message.exchange, message.routing_key)
     if key not in tx.memo:
         tx.memo[key] = (await known_to(tx)).route(message.exchange, message.routing_key)

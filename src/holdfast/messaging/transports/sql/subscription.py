@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-from sqlalchemy import BigInteger, Executable, Integer, bindparam, delete, func, null, or_, select, update
+from sqlalchemy import BigInteger, Executable, Integer, bindparam, case, delete, func, null, or_, select, update
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, US_PER_S, Clock
@@ -26,6 +26,10 @@ from holdfast.messaging.transports.sql.lifetimes import Lifetimes
 from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
 from holdfast.messaging.transports.sql.writer import Writer
 
+SUSPECT_CRASHES = 2
+SUSPECT_WAIT_US = US_PER_S
+CRASH_LOOP = "CrashLoop: {} deliveries ended without an outcome; its handler may end the process, or outlast the lease"
+
 log = observe.logger("sql_transport")
 
 _CLAIMED = (
@@ -34,6 +38,7 @@ _CLAIMED = (
     messages.c.ready_us,
     messages.c.attempt,
     messages.c.deliveries,
+    messages.c.crashes,
     messages.c.message_id,
     messages.c.exchange,
     messages.c.routing_key,
@@ -59,7 +64,12 @@ def _claim(_: Dialect) -> Executable:
     return (
         update(messages)
         .where(messages.c.id.in_(select(due.c.id)))
-        .values(due_us=bindparam("until_us"), lease=bindparam("new_lease"), deliveries=messages.c.deliveries + 1)
+        .values(
+            due_us=bindparam("until_us"),
+            lease=bindparam("new_lease"),
+            deliveries=messages.c.deliveries + 1,
+            crashes=messages.c.crashes + case((messages.c.lease.is_(None), 0), else_=1),
+        )
         .returning(*_CLAIMED)
     )
 
@@ -153,6 +163,7 @@ class SqlSubscription:
         prefetch: int,
         lease_us: int,
         poll_us: int,
+        crashes_max: int,
     ) -> None:
         self._queue = queue
         self._group = group
@@ -169,7 +180,9 @@ class SqlSubscription:
         self._prefetch = prefetch
         self._lease_us = lease_us
         self._poll_us = poll_us
+        self._crashes_max = crashes_max
         self._held: dict[int, Receipt] = {}
+        self._suspects: set[int] = set()  # of those held: what may have ended a process before
         self._renewal: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -196,6 +209,10 @@ class SqlSubscription:
                 await self._group.submit(self._retire, None)
             await self._lifetimes.leave(self._declared)
             self._declared = None
+
+    def limit(self, prefetch: int) -> None:
+        self._prefetch = prefetch
+        self._waiter.wake()
 
     def stop(self) -> None:
         self._closed = True
@@ -246,9 +263,33 @@ class SqlSubscription:
             new_lease=self._ids.next(),
         )
         if rows:
-            return _Claimed(sorted(rows, key=lambda row: (row.ready_us, row.id)), None)
+            kept = await self._without_suspects(tx, sorted(rows, key=lambda row: (row.ready_us, row.id)))
+            return _Claimed(kept, None if kept else now_us)  # none was to be kept: look again at once
         (soonest,) = await _SOONEST.rows(tx, of_queue=self._queue, now_us=now_us)
         return _Claimed((), soonest.due_us)
+
+    async def _without_suspects(self, tx: Tx, rows: Sequence[Any]) -> list[Any]:
+        """Of the messages that may have ended a process hold one at a time, and park who did so too often.
+
+        All that a process held when it ended count as crashed, so most of them are innocent: held alone, they get
+        through, and only the guilty one goes on counting.
+        """
+        now_us = self._clock.now_us()
+        kept: list[Any] = []
+        alone = not self._suspects
+        for row in rows:
+            if row.crashes < SUSPECT_CRASHES:
+                kept.append(row)
+            elif row.crashes >= self._crashes_max:
+                (whole,) = (await tx.execute(select(*messages.columns).where(messages.c.id == row.id))).all()
+                await self._writer.park(tx, whole, CRASH_LOOP.format(row.crashes))
+                await _DELETE.rows(tx, row_ids=[row.id])
+            elif alone:
+                alone = False
+                kept.append(row)
+            else:
+                await _move(tx, [Receipt(row.id, row.lease)], now_us + SUSPECT_WAIT_US, keep=False)
+        return kept
 
     async def _is_active(self, tx: Tx, now_us: int) -> bool:
         until_us = now_us + self._lease_us
@@ -264,6 +305,8 @@ class SqlSubscription:
 
     def _delivery(self, row: Any) -> Delivery:
         receipt = Receipt(row.id, row.lease)
+        if row.crashes >= SUSPECT_CRASHES:
+            self._suspects.add(row.id)
         self._held[row.id] = receipt
         self._in_flight.inc()
         message = Message(
@@ -330,6 +373,7 @@ class SqlSubscription:
     def _settled(self, settlements: Sequence[Settlement]) -> None:
         for settlement in settlements:
             settlement.delivery.mark_settled()
+            self._suspects.discard(settlement.delivery.receipt.row_id)
             if self._held.pop(settlement.delivery.receipt.row_id, None) is not None:
                 self._in_flight.dec()
         for kind, count in Counter(settlement.kind for settlement in settlements).items():

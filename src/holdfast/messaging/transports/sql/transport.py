@@ -105,7 +105,7 @@ class SqlTransport:
             _TAKEN_OVER.add(self._database)
             async with self._database.transaction() as tx:
                 held = update(messages).where(messages.c.lease.is_not(None))
-                await tx.execute(held.values(lease=None, due_us=self._clock.now_us()))
+                await tx.execute(held.values(lease=None, due_us=self._clock.now_us(), crashes=messages.c.crashes + 1))
                 await self._lifetimes.forget_all(tx)
         self._lifetimes.start()
         self._expiry.start()
@@ -133,6 +133,8 @@ class SqlTransport:
             return await self._group.submit(self._publish_batches, batch)
         except OutcomeUnknown as error:
             return [PublishUnconfirmed(error.detail) for _ in batch]
+        except InvalidInput:
+            raise  # asked from within a transaction that this would have to wait for
         except HoldfastError as error:
             return [PublishRejected(error.detail) for _ in batch]
 
@@ -176,6 +178,7 @@ class SqlTransport:
             prefetch=prefetch,
             lease_us=self._settings.lease_ms * US_PER_MS,
             poll_us=self._settings.poll_ms * US_PER_MS,
+            crashes_max=self._settings.crashes_max,
         )
 
     def tell(self, dues: set[tuple[str, int]]) -> None:
