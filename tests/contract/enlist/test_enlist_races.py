@@ -16,9 +16,10 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 
 from holdfast import observe
 from holdfast.bootstrap import System
-from holdfast.errors import InvalidInput, SchemaOutdated, Unavailable, Unroutable
+from holdfast.errors import Conflict, InvalidInput, SchemaOutdated, Unavailable, Unroutable
 from holdfast.messaging.enlist import ConnectionOutbox
 from holdfast.messaging.outbox import Draft
+from tests.conftest import StartSystem
 from tests.contract.enlist.handles import HANDLES, Blocking, Handle, Heard, OnSqlite3, OpenHandle
 from tests.contract.notes import (
     EXCHANGE,
@@ -28,6 +29,7 @@ from tests.contract.notes import (
     Note,
     counts,
     hear_each_other,
+    office,
     send,
     turn,
 )
@@ -54,6 +56,21 @@ async def test_the_commit_of_a_session_wakes_the_listeners_of_the_toolkit(
         await handle.save()
         await (handle.rollback() if body == "rolled back" else handle.commit())
     await heard.become("first", "second")
+
+
+@NEVER_POLLS
+@kinds("postgresql-AsyncSession", "postgresql-Session")
+async def test_the_commit_of_a_session_wakes_listeners_elsewhere(
+    system: System, open_handle: OpenHandle, start_system: StartSystem
+) -> None:
+    other = await office(start_system, system.settings)
+    await hear_each_other(system, 2)
+    handle = await open_handle(outbox=ConnectionOutbox(TYPES, clock=system.clock, wakes=system.messaging))
+    heard = Heard(other)
+    await turn(other)
+    await handle.add("far away")
+    await handle.commit()
+    await heard.become("far away")
 
 
 @kinds(*(name for name in HANDLES if "Session" in name))
@@ -110,6 +127,26 @@ async def test_ids_taken_early_and_committed_late_are_not_skipped(system: System
     await heard.become("late 0", "late 1", "late 2")
     await early.commit()
     await heard.become("late 0", "late 1", "late 2", "early, committed last")
+
+
+@kinds("asyncpg", "psycopg", "psycopg-async", "postgresql-AsyncSession", "postgresql-Session")
+async def test_a_claim_committed_after_a_snapshot_was_taken_is_a_conflict(
+    system: System, open_handle: OpenHandle
+) -> None:
+    one, two = await open_handle(), await open_handle()
+    await two.begin()
+    await two.run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+    await two.run("SELECT count(*) FROM test_ledger")
+    await one.begin()
+    assert await one.first("clerk", "m-1")
+    await one.commit()
+    with pytest.raises(Conflict) as raised:
+        await two.first("clerk", "m-1")
+    assert raised.value.__cause__ is not None
+    await two.rollback()
+    await two.begin()
+    assert not await two.first("clerk", "m-1")
+    await two.rollback()
 
 
 @kinds("psycopg")
