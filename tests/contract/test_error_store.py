@@ -128,7 +128,7 @@ async def test_failures_of_one_cause_are_one_group(start_system: StartSystem) ->
     groups = await store_of(system).groups()
 
     assert (groups[0].error, groups[0].count) == ("ValueError", 3)
-    assert sorted((each.error, each.count) for each in groups[1:]) == [("", 1), ("KeyError", 1)]
+    assert sorted((each.error, each.count) for each in groups[1:]) == [("CannotDecode", 1), ("KeyError", 1)]
     assert {each.queue for each in groups} == {QUEUE}
     assert {each.type for each in groups} == {"test.note"}
     first = groups[0]
