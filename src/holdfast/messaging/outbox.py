@@ -7,6 +7,7 @@ shares the database the row written is already the queue's row, so there is noth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -15,7 +16,7 @@ from holdfast.clock import Clock
 from holdfast.db.database import Tx
 from holdfast.errors import InvalidInput
 from holdfast.ids import IdSource
-from holdfast.messaging.codec import Codec
+from holdfast.messaging.codec import Codec, travelling
 from holdfast.messaging.message import Message, Outgoing
 from holdfast.messaging.transport import SharesDatabase
 
@@ -30,7 +31,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
     exchange: str
     routing_key: str
-    body: msgspec.Struct
+    body: Any  # of a class that the codec knows
     delay_ms: int = 0
     due_us: int | None = None
     mandatory: bool = True
@@ -53,7 +54,7 @@ class Outbox:
         tx: Tx,
         exchange: str,
         routing_key: str,
-        body: msgspec.Struct,
+        body: Any,
         *,
         delay_ms: int = 0,
         mandatory: bool = True,
@@ -94,14 +95,16 @@ class Outbox:
             delay_ms = max(0, -(-(draft.due_us - now_us) // 1_000))  # rounded up: never early
         if not 0 <= delay_ms <= DELAY_MS_MAX:
             raise InvalidInput(f"delay_ms must be in 0..{DELAY_MS_MAX}, not {delay_ms}")
-        type_id, body = self._codec.encode(draft.body)
+        encoded = self._codec.encode(draft.body)
+        headers = travelling(draft.trace) if draft.trace else trace
         message = Message(
             exchange=draft.exchange,
             routing_key=draft.routing_key,
-            body=body,
+            body=encoded.body,
             message_id=draft.message_id or self._ids.message_id(),
             timestamp_us=now_us,
-            type=type_id,
-            headers=draft.trace or trace,
+            type=encoded.type,
+            content_type=encoded.content_type,
+            headers={**headers, **encoded.headers} if encoded.headers else headers,
         )
         return Outgoing(message=message, delay_ms=delay_ms, mandatory=draft.mandatory, cancel_key=draft.cancel_key)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-
-import msgspec
+from typing import Any
 
 from holdfast import observe
 from holdfast.clock import Clock
@@ -37,7 +36,7 @@ class Publisher:
         self,
         exchange: str,
         routing_key: str,
-        body: msgspec.Struct,
+        body: Any,
         *,
         delay_ms: int = 0,
         mandatory: bool = True,
@@ -52,15 +51,16 @@ class Publisher:
         """
         if not 0 <= delay_ms <= DELAY_MS_MAX:
             raise InvalidInput(f"delay_ms must be in 0..{DELAY_MS_MAX}, not {delay_ms}")
-        type_id, encoded = self._codec.encode(body)
+        encoded = self._codec.encode(body)
         message = Message(
             exchange=exchange,
             routing_key=routing_key,
-            body=encoded,
+            body=encoded.body,
             message_id=message_id or self._ids.message_id(),
             timestamp_us=self._clock.now_us(),
-            type=type_id,
-            headers=observe.trace_headers(),
+            type=encoded.type,
+            content_type=encoded.content_type,
+            headers={**observe.trace_headers(), **encoded.headers} if encoded.headers else observe.trace_headers(),
         )
         try:
             async with asyncio.timeout(deadline_s):
