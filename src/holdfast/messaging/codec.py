@@ -25,13 +25,12 @@ ASSUMED_JSON = frozenset({JSON, "application/octet-stream", ""})  # Spring too t
 UTF_8 = frozenset({"utf-8", "utf8", "us-ascii"})
 
 
-class Encoded(msgspec.Struct, frozen=True, gc=False):
-    """A body ready to travel, with the properties and headers that say what it is."""
+class Properties(msgspec.Struct, frozen=True):
+    """What a message says of its body."""
 
     type: str
-    body: bytes
-    headers: Mapping[str, str]
     content_type: str = JSON
+    headers: Mapping[str, str] = {}
 
 
 class Codec:
@@ -63,7 +62,6 @@ class Codec:
         if compress_over < 0:
             raise InvalidInput(f"compress_over is a number of bytes, not {compress_over}")
         self._compress: Algorithm | None = compress
-        self._compress_over = compress_over
         # One comparison on the hot path: a body up to this size goes as it is.
         self._plain_bytes_max = min(compress_over, BODY_BYTES_MAX) if compress else BODY_BYTES_MAX
         self._kinds = {body_type: kind_of(body_type) for body_type in types.values()}
@@ -78,39 +76,40 @@ class Codec:
         for source, chain in chains(upcasters or {}, types).items():
             self._readers[source] = upcasting(chain, self._kinds[types[chain.target]].read)
             self._types[source] = types[chain.target]
-        names = {body_type: name for name, body_type in (java or {}).items()}
-        self._writers: dict[type, tuple[str, Write, Mapping[str, str]]] = {}
+        java_names = {body_type: name for name, body_type in (java or {}).items()}
+        self._writers: dict[type, tuple[Properties, Write]] = {}
         for each, type_id in self._type_ids.items():
-            headers = {JAVA_TYPE: names[each]} if each in names else {}
-            self._writers[each] = (type_id, self._kinds[each].write, headers)
+            headers = {JAVA_TYPE: java_names[each]} if each in java_names else {}
+            self._writers[each] = (Properties(type=type_id, headers=headers), self._kinds[each].write)
 
-    def encode(self, body: Any) -> Encoded:
-        """The body as JSON with its type id and headers.
+    def encode(self, body: Any) -> tuple[Properties, bytes]:
+        """The body as JSON, with what a message is to say of it.
 
         Raises `InvalidInput` for a class that is not registered, a body over the limit, NaN and infinities, and values
         that JSON cannot hold.
         """
-        writer = self._writers.get(type(body))
-        if writer is None:
-            raise InvalidInput(f"{type(body).__name__} has no type id; add it to the codec's types")
-        type_id, write, headers = writer
+        try:
+            properties, write = self._writers[type(body)]
+        except KeyError:
+            raise InvalidInput(f"{type(body).__name__} has no type id; add it to the codec's types") from None
         try:
             encoded = write(body)
         except Exception as error:
-            raise InvalidInput(f"a {type_id} cannot be written as JSON: {write_fault(error)}") from None
+            raise InvalidInput(f"a {properties.type} cannot be written as JSON: {write_fault(error)}") from None
         if len(encoded) > self._plain_bytes_max:
-            return self._large(type_id, encoded, headers)
-        return Encoded(type_id, encoded, headers)
+            return self._large(properties, encoded)
+        return properties, encoded
 
-    def _large(self, type_id: str, encoded: bytes, headers: Mapping[str, str]) -> Encoded:
+    def _large(self, properties: Properties, encoded: bytes) -> tuple[Properties, bytes]:
         """Refuse a body over the limit, compress one that may be compressed."""
         if len(encoded) > BODY_BYTES_MAX:
-            raise InvalidInput(f"a {type_id} of {len(encoded)} bytes is over the limit of {BODY_BYTES_MAX}")
+            raise InvalidInput(f"a {properties.type} of {len(encoded)} bytes is over the limit of {BODY_BYTES_MAX}")
         if self._compress is not None:
             packed = compression.compressed(encoded, self._compress)
             if len(packed) < len(encoded):
-                return Encoded(type_id, packed, {**headers, CONTENT_ENCODING: self._compress})
-        return Encoded(type_id, encoded, headers)
+                headers = {**properties.headers, CONTENT_ENCODING: self._compress}
+                return msgspec.structs.replace(properties, headers=headers), packed
+        return properties, encoded
 
     def decode(self, message: Message, expected: type | None = None) -> Any:
         """Decode by the message's type id; where that is unknown or missing, by the Java class in its headers.
@@ -121,10 +120,13 @@ class Codec:
         Raises `CannotDecode` for an unknown type, another content type, an oversize body (also one that expands beyond
         the limit) or a wrong shape; the text names the place and never repeats the body.
         """
-        type_id = message.type
-        read = self._readers.get(type_id)
-        if read is None or expected is not None:
-            type_id, read = self._choose(message, expected)
+        if expected is None:
+            try:
+                read = self._readers[message.type]
+            except KeyError:
+                _, read = self._choose(message, None)
+        else:
+            _, read = self._choose(message, expected)
         if message.content_type != JSON:
             _require_json(message.content_type)
         body = message.body
@@ -135,7 +137,8 @@ class Codec:
         try:
             return read(body)
         except Exception as error:  # a class's own rule may raise anything, and another try cannot mend it
-            raise CannotDecode(f"the body is no {type_id}: {fault(error)}") from None
+            name, _ = self._choose(message, expected)
+            raise CannotDecode(f"the body is no {name}: {fault(error)}") from None
 
     def _choose(self, message: Message, expected: type | None) -> tuple[str, Read]:
         """The type id (or name) to decode by and its reader, when the message's `type` alone does not say it."""

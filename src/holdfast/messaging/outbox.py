@@ -95,16 +95,16 @@ class Outbox:
             delay_ms = max(0, -(-(draft.due_us - now_us) // 1_000))  # rounded up: never early
         if not 0 <= delay_ms <= DELAY_MS_MAX:
             raise InvalidInput(f"delay_ms must be in 0..{DELAY_MS_MAX}, not {delay_ms}")
-        encoded = self._codec.encode(draft.body)
+        properties, encoded = self._codec.encode(draft.body)
         headers = travelling(draft.trace) if draft.trace else trace
         message = Message(
             exchange=draft.exchange,
             routing_key=draft.routing_key,
-            body=encoded.body,
+            body=encoded,
             message_id=draft.message_id or self._ids.message_id(),
             timestamp_us=now_us,
-            type=encoded.type,
-            content_type=encoded.content_type,
-            headers={**headers, **encoded.headers} if encoded.headers else headers,
+            type=properties.type,
+            content_type=properties.content_type,
+            headers={**headers, **properties.headers} if properties.headers else headers,
         )
         return Outgoing(message=message, delay_ms=delay_ms, mandatory=draft.mandatory, cancel_key=draft.cancel_key)

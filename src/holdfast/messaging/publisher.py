@@ -51,16 +51,17 @@ class Publisher:
         """
         if not 0 <= delay_ms <= DELAY_MS_MAX:
             raise InvalidInput(f"delay_ms must be in 0..{DELAY_MS_MAX}, not {delay_ms}")
-        encoded = self._codec.encode(body)
+        properties, encoded = self._codec.encode(body)
+        trace = observe.trace_headers()
         message = Message(
             exchange=exchange,
             routing_key=routing_key,
-            body=encoded.body,
+            body=encoded,
             message_id=message_id or self._ids.message_id(),
             timestamp_us=self._clock.now_us(),
-            type=encoded.type,
-            content_type=encoded.content_type,
-            headers={**observe.trace_headers(), **encoded.headers} if encoded.headers else observe.trace_headers(),
+            type=properties.type,
+            content_type=properties.content_type,
+            headers={**trace, **properties.headers} if properties.headers else trace,
         )
         try:
             async with asyncio.timeout(deadline_s):

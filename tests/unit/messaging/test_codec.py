@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import CannotDecode, InvalidInput
 from holdfast.messaging import codec as codec_module
-from holdfast.messaging.codec import Codec, Encoded, travelling
+from holdfast.messaging.codec import Codec, Properties, travelling
 from holdfast.messaging.message import JSON, Message
 from tests.unit.given import steady
 
@@ -64,13 +64,14 @@ def refusal(told: Message) -> str:
 @given(who=st.text(st.characters(exclude_categories=["Cs"])), times=st.integers(0, 2**63 - 1))
 def test_a_body_survives_the_wire(who: str, times: int) -> None:
     body = Greeting(who=who, times_said=times)
-    encoded = CODEC.encode(body)
-    assert CODEC.decode(message(encoded.body, encoded.type)) == body
+    properties, encoded = CODEC.encode(body)
+    assert CODEC.decode(message(encoded, properties.type)) == body
 
 
 def test_fields_are_written_in_camel_case_under_the_type_id() -> None:
-    encoded = CODEC.encode(Greeting(who="Ann"))
-    assert encoded == Encoded("demo.greeting", b'{"who":"Ann","timesSaid":1,"colour":"red"}', {}, "application/json")
+    properties, encoded = CODEC.encode(Greeting(who="Ann"))
+    assert properties == Properties(type="demo.greeting", content_type="application/json", headers={})
+    assert encoded == b'{"who":"Ann","timesSaid":1,"colour":"red"}'
 
 
 def test_an_unregistered_type_is_not_encoded() -> None:
@@ -107,7 +108,7 @@ def test_an_oversize_body_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(codec_module, "BODY_BYTES_MAX", 50)
     for compress in (None, "gzip"):
         codec = Codec({"demo.anything": Anything}, compress=compress)
-        assert len(codec.encode(Anything("x" * 38)).body) == 50
+        assert len(codec.encode(Anything("x" * 38))[1]) == 50
         with pytest.raises(InvalidInput, match=r"^a demo.anything of 51 bytes is over the limit of 50$"):
             codec.encode(Anything("x" * 39))
 
@@ -167,7 +168,7 @@ def test_any_bytes_decode_or_are_refused(body: bytes) -> None:
 )
 @example(at=9, byte=0xFF, who="Ann")
 def test_a_damaged_byte_decodes_or_is_refused(at: int, byte: int, who: str) -> None:
-    damaged = bytearray(CODEC.encode(Greeting(who=who)).body)
+    damaged = bytearray(CODEC.encode(Greeting(who=who))[1])
     damaged[at % len(damaged)] = byte
     with suppress(CannotDecode):
         assert isinstance(CODEC.decode(message(bytes(damaged))), Greeting)
@@ -207,13 +208,14 @@ def test_large_bodies_travel_compressed(algorithm: Any) -> None:
     codec = Codec({"demo.anything": Anything}, compress=algorithm, compress_over=100)
     small, large = Anything("x" * 88), Anything("x" * 89)
     assert codec.encode(small) == CODEC.encode(small)
-    packed = codec.encode(large)
-    assert packed.headers == {"content-encoding": algorithm}
-    assert packed.content_type == JSON
-    assert len(packed.body) < 100
-    told = msgspec.structs.replace(message(packed.body, packed.type), headers=packed.headers)
+    properties, packed = codec.encode(large)
+    assert properties == Properties(
+        type="demo.anything", content_type="application/json", headers={"content-encoding": algorithm}
+    )
+    assert len(packed) < 100
+    told = msgspec.structs.replace(message(packed, properties.type), headers=properties.headers)
     assert CODEC.decode(told) == large, "reading needs no setting"
-    assert "body" in refusal(message(packed.body, packed.type)), "without the header it is no JSON"
+    assert "body" in refusal(message(packed, properties.type)), "without the header it is no JSON"
 
 
 def test_what_compression_would_not_make_smaller_travels_as_it_is() -> None:
@@ -222,9 +224,9 @@ def test_what_compression_would_not_make_smaller_travels_as_it_is() -> None:
 
 
 def test_an_expanded_body_is_held_to_the_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = Codec({"demo.anything": Anything}, compress="gzip").encode(Anything("x" * 5_000))
+    properties, packed = Codec({"demo.anything": Anything}, compress="gzip").encode(Anything("x" * 5_000))
     monkeypatch.setattr(codec_module, "BODY_BYTES_MAX", 5_000)
-    told = msgspec.structs.replace(message(packed.body, packed.type), headers=packed.headers)
+    told = msgspec.structs.replace(message(packed, properties.type), headers=properties.headers)
     assert refusal(told) == "the body expands beyond the limit of 5000 bytes"
 
 

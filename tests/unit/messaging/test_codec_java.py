@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from holdfast.errors import CannotDecode, InvalidInput
-from holdfast.messaging.codec import Codec, Encoded
+from holdfast.messaging.codec import Codec, Properties
 from holdfast.messaging.message import Message
 
 
@@ -116,21 +116,23 @@ def test_what_spring_sends_is_read(name: str) -> None:
 
 
 def test_what_spring_is_given() -> None:
-    assert CODEC.encode(OrderTo(id=7, order_sn="S7")) == Encoded(
-        type="order.released",
-        body=b'{"id":7,"orderSn":"S7","payAmount":null,"createTime":null}',
-        headers={"__TypeId__": "com.mall.common.to.OrderTo"},
-        content_type="application/json",
+    assert CODEC.encode(OrderTo(id=7, order_sn="S7")) == (
+        Properties(
+            type="order.released",
+            content_type="application/json",
+            headers={"__TypeId__": "com.mall.common.to.OrderTo"},
+        ),
+        b'{"id":7,"orderSn":"S7","payAmount":null,"createTime":null}',
     )
-    assert CODEC.encode(7) == Encoded("pay.success", b"7", {"__TypeId__": "java.lang.Long"}, "application/json")
-    assert CODEC.encode(Ours(7)) == Encoded("ours", b'{"id":7}', {}, "application/json")
+    assert CODEC.encode(7) == (Properties(type="pay.success", headers={"__TypeId__": "java.lang.Long"}), b"7")
+    assert CODEC.encode(Ours(7)) == (Properties(type="ours", headers={}), b'{"id":7}')
 
 
 def test_a_compressed_body_keeps_its_java_name() -> None:
     codec = Codec({"order.released": OrderTo}, java={ORDER_TO: OrderTo}, compress="gzip", compress_over=10)
-    encoded = codec.encode(OrderTo(id=7, order_sn="S" * 100))
-    assert encoded.headers == {"__TypeId__": ORDER_TO, "content-encoding": "gzip"}
-    assert codec.decode(spring(encoded.body, dict(encoded.headers))) == OrderTo(id=7, order_sn="S" * 100)
+    properties, packed = codec.encode(OrderTo(id=7, order_sn="S" * 100))
+    assert properties.headers == {"__TypeId__": ORDER_TO, "content-encoding": "gzip"}
+    assert codec.decode(spring(packed, dict(properties.headers))) == OrderTo(id=7, order_sn="S" * 100)
 
 
 def test_a_known_type_property_comes_before_the_java_name() -> None:

@@ -70,19 +70,19 @@ def test_each_old_version_is_read_as_the_newest() -> None:
     newest = Created(order_id=2**62 + 1, buyer="Ann", items=1)
     assert CODEC.decode(message(b'{"id":4611686018427387905,"who":"Ann"}')) == newest
     assert CODEC.decode(message(b'{"orderId":4611686018427387905,"who":"Ann"}', "order.created.v2")) == newest
-    assert CODEC.decode(message(CODEC.encode(newest).body, "order.created.v3")) == newest
+    assert CODEC.decode(message(CODEC.encode(newest)[1], "order.created.v3")) == newest
 
 
 def test_an_old_version_with_a_class_is_still_written() -> None:
-    encoded = CODEC.encode(CreatedV1(id=1, who="Ann"))
-    assert (encoded.type, encoded.body) == ("order.created.v1", b'{"id":1,"who":"Ann"}')
+    properties, encoded = CODEC.encode(CreatedV1(id=1, who="Ann"))
+    assert (properties.type, encoded) == ("order.created.v1", b'{"id":1,"who":"Ann"}')
 
 
 @steady
 @given(number=st.integers(0, 2**63 - 1), who=st.text(st.characters(exclude_categories=["Cs"])))
 def test_what_was_written_as_an_old_version_is_read_whole(number: int, who: str) -> None:
-    encoded = CODEC.encode(CreatedV1(id=number, who=who))
-    assert CODEC.decode(message(encoded.body)) == Created(order_id=number, buyer=who, items=1)
+    _, encoded = CODEC.encode(CreatedV1(id=number, who=who))
+    assert CODEC.decode(message(encoded)) == Created(order_id=number, buyer=who, items=1)
 
 
 def test_a_model_of_pydantic_may_stand_at_the_end() -> None:
