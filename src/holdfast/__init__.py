@@ -4,10 +4,13 @@ from holdfast.db.connect import connect
 from holdfast.db.database import Database, Tx
 from holdfast.db.migrate import migrate
 from holdfast.errors import HoldfastError, PublishRejected, PublishUnconfirmed, Unroutable
+from holdfast.messaging.codec import Codec
+from holdfast.messaging.draft import Draft
 from holdfast.messaging.enlist import ConnectionInbox, ConnectionOutbox
 from holdfast.messaging.listener import Incoming, Listen
-from holdfast.messaging.outbox import Draft, Outbox
+from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.publisher import Publisher
+from holdfast.messaging.recover import DeadLetter, Discard, Park, Republish, Requeue, error_topology
 from holdfast.messaging.retry import Reject, Retry, RetryPolicy
 from holdfast.messaging.tables import HISTORY
 from holdfast.messaging.toolkit import Messaging, open_messaging
@@ -17,10 +20,13 @@ from holdfast.settings import DatabaseSettings, MessagingSettings
 __all__ = [
     "HISTORY",
     "Binding",
+    "Codec",
     "ConnectionInbox",
     "ConnectionOutbox",
     "Database",
     "DatabaseSettings",
+    "DeadLetter",
+    "Discard",
     "Draft",
     "Exchange",
     "HoldfastError",
@@ -29,17 +35,21 @@ __all__ = [
     "Messaging",
     "MessagingSettings",
     "Outbox",
+    "Park",
     "PublishRejected",
     "PublishUnconfirmed",
     "Publisher",
     "Queue",
     "Reject",
+    "Republish",
+    "Requeue",
     "Retry",
     "RetryPolicy",
     "Topology",
     "Tx",
     "Unroutable",
     "connect",
+    "error_topology",
     "migrate",
     "open_messaging",
 ]

@@ -129,6 +129,11 @@ def trace_from(carrier: Mapping[str, str]) -> Iterator[None]:
         context.detach(token)
 
 
+def trace_in(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """Of a message's headers those that carry the trace; the others are its own and pass to nobody."""
+    return {name: headers[name] for name in _propagator.fields if name in headers}
+
+
 def trace_headers() -> Mapping[str, str]:
     """The `traceparent` (and `tracestate`) of the running trace, to be carried in a message; empty without one."""
     carried = _carried.get()

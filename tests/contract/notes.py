@@ -130,14 +130,14 @@ def note(
     cancel_key: str | None = None,
 ) -> Outgoing:
     """A note ready to be published."""
-    type_id, encoded = Codec(TYPES).encode(Note(body))
+    properties, encoded = Codec(TYPES).encode(Note(body))
     message = Message(
         exchange=exchange,
         routing_key=key,
         body=encoded,
         message_id=message_id or system.ids.message_id(),
         timestamp_us=system.clock.now_us(),
-        type=type_id,
+        type=properties.type,
     )
     return Outgoing(message=message, delay_ms=delay_ms, mandatory=mandatory, cancel_key=cancel_key)
 

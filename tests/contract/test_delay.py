@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from holdfast.errors import InvalidInput
+from holdfast.messaging.draft import DELAY_MS_MAX, Draft
 from holdfast.messaging.message import ack
-from holdfast.messaging.outbox import DELAY_MS_MAX, Draft
 from holdfast.settings import Settings
 from tests.conftest import StartSystem
 from tests.contract.notes import (

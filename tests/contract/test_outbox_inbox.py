@@ -9,8 +9,8 @@ import pytest
 
 from holdfast.db.database import Tx
 from holdfast.errors import InvalidInput, PublishRejected, Unroutable
+from holdfast.messaging.draft import Draft
 from holdfast.messaging.message import ack
-from holdfast.messaging.outbox import Draft
 from holdfast.messaging.retry import RetryPolicy
 from tests.conftest import StartSystem
 from tests.contract.notes import (

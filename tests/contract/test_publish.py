@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,18 +17,21 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import (
     HoldfastError,
     InvalidInput,
+    NoSuchExchange,
     OutcomeUnknown,
     PublishRejected,
     PublishUnconfirmed,
     TopologyMismatch,
     Unroutable,
 )
-from holdfast.messaging.message import Message
+from holdfast.messaging.draft import DELAY_MS_MAX, Draft
+from holdfast.messaging.message import Message, ack
 from holdfast.messaging.publisher import Publisher
+from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.topology import Binding, Exchange, ExchangeKind, Queue, Topology
 from holdfast.messaging.transports.sql.transport import SqlTransport
 from holdfast.settings import Settings
-from tests.conftest import StartSystem
+from tests.conftest import WAIT_S, StartSystem
 from tests.contract.notes import (
     EXCHANGE,
     KEY,
@@ -36,13 +40,16 @@ from tests.contract.notes import (
     Ledger,
     Note,
     counts,
+    counts_become,
     effectively,
+    manual_clock,
     needs_several_processes,
     needs_shared_database,
     note,
     office,
     opened,
     outcome,
+    pass_time,
     publish,
     raw,
     send,
@@ -386,3 +393,85 @@ async def test_the_trace_of_the_publisher_travels_with_the_message(start_system:
     async with system.transport.subscribe(QUEUE, prefetch=1) as subscription:
         (delivery,) = await take(subscription)
         assert trace_id in delivery.message.headers["traceparent"]
+
+
+# -- the publisher ----------------------------------------------------------------------------------------------------
+
+
+def draft(text: str, **options: Any) -> Draft:
+    return Draft(**({"exchange": EXCHANGE, "routing_key": KEY, "body": Note(text)} | options))
+
+
+async def test_headers_travel_with_the_message_and_expiry_ends_it(start_system: StartSystem) -> None:
+    clock = manual_clock()
+    system = await office(start_system, clock=clock)
+    await system.publisher.publish(EXCHANGE, KEY, Note("kept"), headers={"user-info": "42"})
+    await system.publisher.publish(EXCHANGE, KEY, Note("gone"), expires_ms=1_000)
+    async with system.database.transaction() as tx:
+        await system.outbox.add(tx, EXCHANGE, KEY, Note("gone too"), expires_ms=1_000, headers={"user-info": "7"})
+    assert await counts(system) == (3, 0, 0)
+    await pass_time(system, clock, 1)
+    async with system.transport.subscribe(QUEUE, prefetch=10) as subscription:
+        (kept,) = await take(subscription)
+    assert texts([kept]) == ["kept"]
+    assert kept.message.headers["user-info"] == "42"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"headers": {"x-holdfast-parked-id": "1"}}, "ours to write"),
+        ({"headers": {"number": 1}}, "names and values of headers are text"),
+        ({"expires_ms": -1}, "expires_ms must be in"),
+        ({"expires_ms": DELAY_MS_MAX + 1}, "expires_ms must be in"),
+    ],
+)
+async def test_a_draft_that_cannot_be_sent_is_told_and_none_of_its_batch_is(
+    start_system: StartSystem, options: dict[str, Any], told: str
+) -> None:
+    system = await office(start_system)
+    with pytest.raises(InvalidInput, match=told):
+        await system.publisher.publish_all([draft("good"), draft("bad", **options)])
+    with pytest.raises(InvalidInput, match=told):
+        async with system.database.transaction() as tx:
+            await system.outbox.add_all(tx, [draft("good"), draft("bad", **options)])
+    assert await counts(system) == (0, 0, 0)
+
+
+async def test_a_batch_of_the_publisher_has_an_outcome_for_each_and_tries_again_only_what_may_be_mended(
+    start_system: StartSystem,
+) -> None:
+    system = await office(start_system)
+    await system.transport.declare(
+        Topology(queues=[Queue(name="full", max_length=1, overflow="reject-publish"), Queue(name="other")])
+    )
+    await send(system, "in the way", exchange="", key="full")
+    patient = Publisher(
+        system.transport, system.codec, system.clock, system.ids, RetryPolicy(tries=1_000, interval_ms=10)
+    )
+    batch = [
+        draft("fits", exchange="", routing_key="other"),
+        draft("waits for room", exchange="", routing_key="full"),
+        draft("for nobody", routing_key="letter.written"),
+        draft("nowhere", exchange="nowhere"),
+    ]
+    publishing = asyncio.create_task(patient.publish_all(batch, deadline_s=WAIT_S))
+    await counts_become(system, (1, 0, 0), "other")
+    async with system.transport.subscribe("full", prefetch=1) as subscription:
+        (first,) = await take(subscription)
+        await subscription.settle([ack(first)])
+    outcomes = await publishing
+    assert [type(each) for each in outcomes] == [type(None), type(None), Unroutable, NoSuchExchange]
+    assert await counts(system, "other") == (1, 0, 0)  # sent once, although another was tried again
+    async with system.transport.subscribe("full", prefetch=1) as subscription:
+        assert texts(await take(subscription)) == ["waits for room"]
+
+
+async def test_what_was_refused_when_the_deadline_came_is_known_not_to_be_stored(start_system: StartSystem) -> None:
+    system = await office(start_system)
+    await system.transport.declare(Topology(queues=[Queue(name="full", max_length=0, overflow="reject-publish")]))
+    patient = Publisher(
+        system.transport, system.codec, system.clock, system.ids, RetryPolicy(tries=1_000, interval_ms=60_000)
+    )
+    outcomes = await patient.publish_all([draft("no room", exchange="", routing_key="full")], deadline_s=0.5)
+    assert [type(each) for each in outcomes] == [PublishRejected]

@@ -20,8 +20,9 @@ from holdfast.db.database import Tx
 from holdfast.db.enlist import enlist, enlist_sync, run_sync
 from holdfast.ids import SharedIdSource
 from holdfast.messaging.codec import Codec
+from holdfast.messaging.draft import Draft
 from holdfast.messaging.inbox import Inbox
-from holdfast.messaging.outbox import Draft, Outbox
+from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.toolkit import Messaging
 from holdfast.messaging.transports.sql.queue_writer import WholeBatchWriter
 from holdfast.messaging.transports.sql.rows import Dues, QueueRows

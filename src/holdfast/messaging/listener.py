@@ -331,7 +331,7 @@ class Listener:
         fresh = await self._inbox.fresh(tx, self._listen.name, message_ids)
         bodies: dict[type, list[Any]] = {}
         for _, delivery, body in requests:
-            tx.caused(body, delivery.message.headers)
+            tx.caused(body, observe.trace_in(delivery.message.headers))
             if delivery.message.message_id in fresh:
                 fresh.discard(delivery.message.message_id)  # a second copy in this very batch is a duplicate
                 bodies.setdefault(type(body), []).append(body)

@@ -7,36 +7,15 @@ shares the database the row written is already the queue's row, so there is noth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import msgspec
+from typing import Any
 
 from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.db.database import Tx
-from holdfast.errors import InvalidInput
 from holdfast.ids import IdSource
 from holdfast.messaging.codec import Codec
-from holdfast.messaging.message import Message, Outgoing
+from holdfast.messaging.draft import Composer, Draft
 from holdfast.messaging.transport import SharesDatabase
-
-DELAY_MS_MAX = 100 * 366 * 86_400_000
-
-
-class Draft(msgspec.Struct, frozen=True, kw_only=True):
-    """One message to be added: a typed body with its address and, if wanted, its delay.
-
-    `delay_ms` counts from now. `due_us` is an instant instead, for deadlines that are stored elsewhere too.
-    """
-
-    exchange: str
-    routing_key: str
-    body: msgspec.Struct
-    delay_ms: int = 0
-    due_us: int | None = None
-    mandatory: bool = True
-    cancel_key: str | None = None
-    message_id: str | None = None
-    trace: Mapping[str, str] = {}  # of what caused it (`Tx.trace_of`); the running trace when empty
 
 
 class Outbox:
@@ -44,18 +23,18 @@ class Outbox:
 
     def __init__(self, transport: SharesDatabase, codec: Codec, clock: Clock, ids: IdSource) -> None:
         self._transport = transport
-        self._codec = codec
-        self._clock = clock
-        self._ids = ids
+        self._composer = Composer(codec, clock, ids)
 
     async def add(
         self,
         tx: Tx,
         exchange: str,
         routing_key: str,
-        body: msgspec.Struct,
+        body: Any,
         *,
         delay_ms: int = 0,
+        expires_ms: int | None = None,
+        headers: Mapping[str, str] | None = None,
         mandatory: bool = True,
         cancel_key: str | None = None,
     ) -> None:
@@ -65,6 +44,8 @@ class Outbox:
             routing_key=routing_key,
             body=body,
             delay_ms=delay_ms,
+            expires_ms=expires_ms,
+            headers=headers or {},
             mandatory=mandatory,
             cancel_key=cancel_key,
         )
@@ -79,29 +60,12 @@ class Outbox:
         if not drafts:
             return
         trace = observe.trace_headers()  # of the running task; a draft's own comes first
-        for problem in await self._transport.publish_in(tx, [self._outgoing(draft, trace) for draft in drafts]):
+        for problem in await self._transport.publish_in(
+            tx, [self._composer.outgoing(draft, trace) for draft in drafts]
+        ):
             if problem is not None:
                 raise problem
 
     async def cancel(self, tx: Tx, *cancel_keys: str) -> int:
         """Remove pending messages by key within `tx`; answers how many. One already delivered is not called back."""
         return await self._transport.cancel_in(tx, cancel_keys) if cancel_keys else 0
-
-    def _outgoing(self, draft: Draft, trace: Mapping[str, str]) -> Outgoing:
-        now_us = self._clock.now_us()
-        delay_ms = draft.delay_ms
-        if draft.due_us is not None:
-            delay_ms = max(0, -(-(draft.due_us - now_us) // 1_000))  # rounded up: never early
-        if not 0 <= delay_ms <= DELAY_MS_MAX:
-            raise InvalidInput(f"delay_ms must be in 0..{DELAY_MS_MAX}, not {delay_ms}")
-        type_id, body = self._codec.encode(draft.body)
-        message = Message(
-            exchange=draft.exchange,
-            routing_key=draft.routing_key,
-            body=body,
-            message_id=draft.message_id or self._ids.message_id(),
-            timestamp_us=now_us,
-            type=type_id,
-            headers=draft.trace or trace,
-        )
-        return Outgoing(message=message, delay_ms=delay_ms, mandatory=draft.mandatory, cancel_key=draft.cancel_key)

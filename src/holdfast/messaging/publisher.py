@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-
-import msgspec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from holdfast import observe
 from holdfast.clock import Clock
-from holdfast.errors import InvalidInput, PublishRejected, PublishUnconfirmed
+from holdfast.errors import PublishError, PublishRejected, PublishUnconfirmed
 from holdfast.ids import IdSource
 from holdfast.messaging.codec import Codec
-from holdfast.messaging.message import Message, Outgoing
-from holdfast.messaging.outbox import DELAY_MS_MAX
+from holdfast.messaging.draft import Composer, Draft
+from holdfast.messaging.message import Outgoing
 from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.transport import Transport
 
@@ -27,7 +27,7 @@ class Publisher:
         self, transport: Transport, codec: Codec, clock: Clock, ids: IdSource, retry: RetryPolicy | None = None
     ) -> None:
         self._transport = transport
-        self._codec = codec
+        self._composer = Composer(codec, clock, ids)
         self._clock = clock
         self._ids = ids
         self._retry = retry or RetryPolicy(tries=3, interval_ms=1_000)
@@ -37,9 +37,11 @@ class Publisher:
         self,
         exchange: str,
         routing_key: str,
-        body: msgspec.Struct,
+        body: Any,
         *,
         delay_ms: int = 0,
+        expires_ms: int | None = None,
+        headers: Mapping[str, str] | None = None,
         mandatory: bool = True,
         message_id: str | None = None,
         deadline_s: float = DEADLINE_S,
@@ -50,33 +52,57 @@ class Publisher:
         Raises `Unroutable`, `PublishRejected` (not stored) or `PublishUnconfirmed` (unknown: publish again with the
         same `message_id`, and the inbox drops the copy).
         """
-        if not 0 <= delay_ms <= DELAY_MS_MAX:
-            raise InvalidInput(f"delay_ms must be in 0..{DELAY_MS_MAX}, not {delay_ms}")
-        type_id, encoded = self._codec.encode(body)
-        message = Message(
+        draft = Draft(
             exchange=exchange,
             routing_key=routing_key,
-            body=encoded,
+            body=body,
+            delay_ms=delay_ms,
+            expires_ms=expires_ms,
+            headers=headers or {},
+            mandatory=mandatory,
             message_id=message_id or self._ids.message_id(),
-            timestamp_us=self._clock.now_us(),
-            type=type_id,
-            headers=observe.trace_headers(),
         )
+        (problem,) = await self.publish_all([draft], deadline_s=deadline_s)
+        if problem is not None:
+            raise problem
+        return str(draft.message_id)
+
+    async def publish_all(
+        self, drafts: Sequence[Draft], *, deadline_s: float = DEADLINE_S
+    ) -> list[PublishError | None]:
+        """Send a batch and answer for each message None once it is stored, or what became of it.
+
+        Those known not to be stored are tried again, the others are not. Raises `InvalidInput` for a draft that cannot
+        be sent; then none was.
+        """
+        trace = observe.trace_headers()
+        batch = [self._composer.outgoing(draft, trace) for draft in drafts]
+        outcomes: dict[int, PublishError | None] = {}
         try:
             async with asyncio.timeout(deadline_s):
-                await self._send(Outgoing(message=message, delay_ms=delay_ms, mandatory=mandatory))
-        except TimeoutError as error:
-            raise PublishUnconfirmed(f"no confirm within {deadline_s} s; it may or may not be stored") from error
-        return message.message_id
+                await self._send(batch, outcomes)
+        except TimeoutError:
+            pass  # whose outcome is not known by now is unconfirmed
+        unknown = f"no confirm within {deadline_s} s; it may or may not be stored"
+        return [outcomes[at] if at in outcomes else PublishUnconfirmed(unknown) for at in range(len(batch))]
 
-    async def _send(self, outgoing: Outgoing) -> None:
+    async def _send(self, batch: Sequence[Outgoing], outcomes: dict[int, PublishError | None]) -> None:
+        """Send until every outcome is final; those of messages that are on their way again are taken out meanwhile."""
+        pending = list(range(len(batch)))
         attempt = 1
-        while True:
-            (problem,) = await self._transport.publish([outgoing])
-            if problem is None:
+        while pending:
+            for at in pending:
+                outcomes.pop(at, None)
+            problems = await self._transport.publish([batch[at] for at in pending])
+            outcomes.update(zip(pending, problems, strict=True))
+            again = {at: wait for at in pending if (wait := self._wait_ms(attempt, outcomes[at])) is not None}
+            if not again:
                 return
-            wait_ms = self._retry.delay_ms(attempt, problem, self._chance)
-            if wait_ms is None or not isinstance(problem, PublishRejected) or not problem.retryable:
-                raise problem
+            pending = list(again)
             attempt += 1
-            await self._clock.sleep(wait_ms / 1_000)
+            await self._clock.sleep(max(again.values()) / 1_000)
+
+    def _wait_ms(self, attempt: int, problem: PublishError | None) -> int | None:
+        if not isinstance(problem, PublishRejected) or not problem.retryable:
+            return None
+        return self._retry.delay_ms(attempt, problem, self._chance)

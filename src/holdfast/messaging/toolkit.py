@@ -64,7 +64,7 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
 @asynccontextmanager
 async def open_messaging(
     database: Database,
-    types: Mapping[str, type[msgspec.Struct]],
+    types: Mapping[str, type] | Codec,
     topology: Topology,
     *,
     clock: Clock | None = None,
@@ -73,8 +73,9 @@ async def open_messaging(
 ) -> AsyncIterator[Messaging]:
     """Run the toolkit over a migrated database: declare the topology, give everything, drain at the end.
 
-    `types` maps each type id on the wire to its struct. Raises `SchemaOutdated` when the tables are missing
-    (`await migrate(database, [HISTORY])` makes them) and `TopologyMismatch`.
+    `types` maps each type id on the wire to its class; give a `Codec` instead for upcasters, Java names or compression.
+    Raises `SchemaOutdated` when the tables are missing (`await migrate(database, [HISTORY])` makes them) and
+    `TopologyMismatch`.
     """
     clock = clock or SystemClock()
     settings = settings or MessagingSettings()
@@ -87,7 +88,7 @@ async def open_messaging(
         ids = IdSource(clock)
         transport = await stack.enter_async_context(sql_transport(database, group, clock, ids, settings))
         await transport.declare(topology)
-        codec = Codec(types)
+        codec = types if isinstance(types, Codec) else Codec(types)
         running = Messaging(
             clock=clock,
             ids=ids,

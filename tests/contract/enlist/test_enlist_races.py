@@ -17,8 +17,8 @@ from sqlalchemy.orm import scoped_session, sessionmaker
 from holdfast import observe
 from holdfast.bootstrap import System
 from holdfast.errors import Conflict, InvalidInput, SchemaOutdated, Unavailable, Unroutable
+from holdfast.messaging.draft import Draft
 from holdfast.messaging.enlist import ConnectionOutbox
-from holdfast.messaging.outbox import Draft
 from tests.conftest import StartSystem
 from tests.contract.enlist.handles import HANDLES, Blocking, Handle, Heard, OnSqlite3, OpenHandle
 from tests.contract.notes import (

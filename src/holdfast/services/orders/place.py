@@ -13,7 +13,8 @@ from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Tx
 from holdfast.errors import HoldfastError, InvalidInput
 from holdfast.ids import IdSource
-from holdfast.messaging.outbox import Draft, Outbox
+from holdfast.messaging.draft import Draft
+from holdfast.messaging.outbox import Outbox
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import OrderCreated, OrderDue
 from holdfast.services.contracts.refusals import KeyReused

@@ -9,7 +9,8 @@ from holdfast.clock import Clock
 from holdfast.db.database import Tx
 from holdfast.errors import HoldfastError
 from holdfast.ids import IdSource
-from holdfast.messaging.outbox import Draft, Outbox
+from holdfast.messaging.draft import Draft
+from holdfast.messaging.outbox import Outbox
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import OrderClosed, OrderPaid, PaymentSucceeded, RefundRequested
 from holdfast.services.orders import store

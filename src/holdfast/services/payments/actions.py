@@ -13,7 +13,8 @@ from holdfast.db.database import Tx
 from holdfast.db.prepared import insert
 from holdfast.errors import HoldfastError
 from holdfast.ids import IdSource
-from holdfast.messaging.outbox import Draft, Outbox
+from holdfast.messaging.draft import Draft
+from holdfast.messaging.outbox import Outbox
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import PaymentSucceeded, RefundDue, RefundRequested
 from holdfast.services.contracts.values import Bill, PaymentRef
