@@ -399,7 +399,8 @@ async def test_the_trace_of_the_publisher_travels_with_the_message(start_system:
 
 
 def draft(text: str, **options: Any) -> Draft:
-    return Draft(**({"exchange": EXCHANGE, "routing_key": KEY, "body": Note(text)} | options))
+    fields: dict[str, Any] = {"exchange": EXCHANGE, "routing_key": KEY, "body": Note(text)} | options
+    return Draft(**fields)
 
 
 async def test_headers_travel_with_the_message_and_expiry_ends_it(start_system: StartSystem) -> None:
