@@ -16,6 +16,7 @@ from holdfast.errors import Conflict, InvalidInput
 from holdfast.messaging.error_store import CHUNK, ErrorStore
 from holdfast.messaging.listener import Incoming
 from holdfast.messaging.message import HEADER_PARKED_ID, Delivery, ack, reject, retry
+from holdfast.messaging.outbox import Draft
 from holdfast.messaging.parked import Outcome, ParkedSummary
 from holdfast.messaging.tables import messages
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology
@@ -545,6 +546,47 @@ async def test_a_replay_that_left_its_queue_without_an_answer_can_be_replayed_ag
     assert await counts(system) == (1, 0, 0)
     assert await actions(system, parked_id) == [("ann", "replay"), ("holdfast", "reclaim"), ("bob", "replay")]
     assert await store.replay([parked_id], actor="ann") == Outcome(ids=(), left={parked_id: "pending"})
+
+
+async def test_of_many_operators_one_replays_a_message_that_was_lost(start_system: StartSystem) -> None:
+    """Its replay has left the queue: all of them see that at once, and still one message is sent."""
+    systems = [await office(start_system)]
+    if systems[0].transport.features.several_processes:
+        systems.append(await office(start_system))
+    (parked_id,) = await park(systems[0], "hopeless")
+    for _ in range(5):
+        await store_of(systems[0]).replay([parked_id], actor="ann")
+        async with systems[0].database.transaction() as tx:
+            await tx.execute(delete(messages))
+        outcomes = await asyncio.gather(
+            *(store_of(system).replay([parked_id], actor="bob") for system in systems for _ in range(6))
+        )
+        assert sum(outcome.count for outcome in outcomes) == 1
+        assert await counts(systems[0]) == (1, 0, 0)
+        async with systems[0].database.transaction() as tx:
+            await tx.execute(delete(messages))
+    assert (await audit(systems[0].database, systems[0].clock, 0)).findings[0].name == "messages.replays"
+
+
+async def test_what_a_replay_causes_does_not_carry_its_mark(start_system: StartSystem) -> None:
+    system = await office(start_system)
+    await system.transport.declare(Topology(queues=[Queue(name=BOTH)]))
+    await publish(system, [raw(note(system, "cause"), headers={"tenant": "blue"})])
+    (delivery,) = await taken(system)
+    await settle(system, reject(delivery, "no"))
+    (row,) = await everything(system)
+
+    async def effect(tx: Tx, notes: Sequence[Note]) -> None:
+        drafts = [Draft(exchange="", routing_key=BOTH, body=each, trace=tx.trace_of(each)) for each in notes]
+        await system.outbox.add_all(tx, drafts)
+
+    system.listen(effectively(effect))
+    await store_of(system).replay([row.id], actor="ann")
+
+    async with system.transport.subscribe(BOTH, prefetch=1) as subscription:
+        (caused,) = await take(subscription)
+    assert HEADER_PARKED_ID not in caused.message.headers
+    assert caused.message.headers["tenant"] == "blue"
 
 
 # -- edit and discard -------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import CannotDecode, HoldfastError, InvalidInput, ShuttingDown, Unavailable
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.inbox import Inbox
-from holdfast.messaging.message import Delivery, Settlement, ack, reject, retry
+from holdfast.messaging.message import Delivery, Settlement, ack, handed_on, reject, retry
 from holdfast.messaging.retry import Retry, RetryPolicy
 from holdfast.messaging.transport import Subscription, Transport
 
@@ -240,7 +240,7 @@ class Listener:
         fresh = await self._inbox.fresh(tx, self._listen.name, message_ids)
         bodies: dict[type, list[Any]] = {}
         for _, delivery, body in requests:
-            tx.caused(body, delivery.message.headers)
+            tx.caused(body, handed_on(delivery.message.headers))
             if delivery.message.message_id in fresh:
                 fresh.discard(delivery.message.message_id)  # a second copy in this very batch is a duplicate
                 bodies.setdefault(type(body), []).append(body)

@@ -92,3 +92,10 @@ def retry(delivery: Delivery, after_ms: int, *, counts: bool = True, reason: str
 def reject(delivery: Delivery, reason: str) -> Settlement:
     """Give up on it and keep it where a human finds it."""
     return Settlement(delivery=delivery, kind="reject", reason=reason)
+
+
+def handed_on(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """The headers as what the message causes may carry them: the mark of a replay belongs to the replay alone."""
+    if HEADER_PARKED_ID not in headers:
+        return headers
+    return {name: value for name, value in headers.items() if name != HEADER_PARKED_ID}
