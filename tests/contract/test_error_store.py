@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import delete, select
 
@@ -138,6 +139,33 @@ async def test_failures_of_one_cause_are_one_group(start_system: StartSystem) ->
     assert {each.error for each in rows} == {"ValueError"}
     assert (first.first_us, first.last_us) == (min(r.parked_us for r in rows), max(r.failed_us for r in rows))
     assert first.first_us <= system.clock.now_us()
+
+
+async def test_failures_of_an_effect_are_grouped_by_the_place_they_come_from(start_system: StartSystem) -> None:
+    """Although they reach the listener by way of a transaction that was shared, and then split, among many."""
+    system = await office(start_system)
+
+    async def here(text: str) -> None:
+        raise ValueError(f"no room for {text}")
+
+    async def there(text: str) -> None:
+        raise ValueError(f"no room for {text}")
+
+    async def effect(_: Tx, notes: Sequence[Note]) -> None:
+        for each in notes:
+            await (here if each.text.startswith("h") else there)(each.text)
+
+    system.listen(effectively(effect))
+    await send(system, "h1", "h2", "t1", "h3", "t2")
+    await parks(system, 5)
+    groups = await store_of(system).groups()
+    assert [(each.error, each.count) for each in groups] == [("ValueError", 3), ("ValueError", 2)]
+    for each in groups:
+        rows = await store_of(system).list(group=each.group)
+        assert len({row.reason[: len("ValueError: no room for h")] for row in rows}) == 1
+    for row in await store_of(system).list():
+        own = msgspec.json.decode((await store_of(system).show(row.id)).body, type=Note).text
+        assert {text for text in ("h1", "h2", "t1", "h3", "t2") if f"room for {text}" in row.reason} == {own}
 
 
 async def test_one_failure_in_two_queues_is_two_groups(start_system: StartSystem) -> None:
