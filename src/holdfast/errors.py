@@ -2,6 +2,7 @@
 
     HoldfastError
     ├── InvalidInput            the caller's data is wrong; nothing was changed
+    │   ├── NoSuchQueue         a queue that nobody declared
     │   ├── InvalidSettings     a setting is unknown, missing or out of range
     │   └── CannotDecode        a message body does not fit the type its handler asks for
     ├── Refused                 a rule said no; nothing was changed (services add their own below it)
@@ -13,11 +14,13 @@
     ├── UnsafeDatabase          the database could lose what it acknowledged; we refuse to start
     ├── DatabaseInUse           another process writes this SQLite file
     ├── SchemaOutdated          migrations are missing: run `holdfast migrate`
+    ├── HandlerTimeout          a handler took longer than its listener allows
     ├── AlreadySettled          a delivery was settled twice
     ├── TopologyMismatch        an exchange or queue exists with other arguments
     └── PublishError            a message is not known to be stored
         ├── Unroutable          no queue takes this routing key (312 NO_ROUTE in AMQP)
         ├── PublishRejected     known not stored
+        │   └── NoSuchExchange  nobody declared the exchange; trying again cannot help
         └── PublishUnconfirmed  unknown: deadline or lost connection
 
 Foreign errors (drivers, libraries) are translated at the border where they arise, with the cause kept.
@@ -47,6 +50,12 @@ class InvalidInput(HoldfastError):
     """The given data is wrong; nothing was changed."""
 
     code = "invalid_input"
+
+
+class NoSuchQueue(InvalidInput):
+    """There is no such queue; declare it first."""
+
+    code = "no_such_queue"
 
 
 class InvalidSettings(InvalidInput):
@@ -118,6 +127,13 @@ class SchemaOutdated(HoldfastError):
     code = "schema_outdated"
 
 
+class HandlerTimeout(HoldfastError):
+    """A handler took longer than its listener allows; it was cancelled."""
+
+    code = "handler_timeout"
+    retryable = True
+
+
 class AlreadySettled(HoldfastError):
     """A delivery is settled exactly once; this one already was."""
 
@@ -147,6 +163,13 @@ class PublishRejected(PublishError):
 
     code = "publish_rejected"
     retryable = True
+
+
+class NoSuchExchange(PublishRejected):
+    """There is no such exchange; declare it first. The message is stored nowhere."""
+
+    code = "no_such_exchange"
+    retryable = False
 
 
 class PublishUnconfirmed(PublishError):

@@ -49,6 +49,9 @@ messages_published = Counter(
 messages_handled = Counter(
     "holdfast_messages_handled", "Deliveries settled, by queue and outcome.", ["queue", "outcome"], registry=registry
 )
+messages_dead = Counter(
+    "holdfast_messages_dead_lettered", "Messages taken out of a queue, by reason.", ["reason"], registry=registry
+)
 messages_in_flight = Gauge(
     "holdfast_messages_in_flight", "Deliveries claimed and not yet settled.", ["queue"], registry=registry
 )

@@ -89,6 +89,7 @@ class MessagingSettings(Section, frozen=True, kw_only=True):
     durable_tries: Annotated[int, Meta(ge=1, le=1_000)] = 10  # delayed rounds before a message is parked
     durable_interval_ms: Milliseconds = 5_000  # before the first delayed round; doubles each time
     durable_interval_ms_max: Milliseconds = 300_000  # up to this
+    crashes_max: Annotated[int, Meta(ge=2, le=1_000)] = 5  # deliveries without an outcome before a message is parked
     drain_ms: Milliseconds = 10_000  # how long a stop waits for running handlers
 
 

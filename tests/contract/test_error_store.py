@@ -17,9 +17,11 @@ from holdfast.errors import Conflict, InvalidInput
 from holdfast.messaging.error_store import CHUNK, ErrorStore
 from holdfast.messaging.listener import Incoming
 from holdfast.messaging.message import HEADER_PARKED_ID, Delivery, ack, reject, retry
+from holdfast.messaging.message import park as park_it
 from holdfast.messaging.outbox import Draft
 from holdfast.messaging.parked import Outcome, ParkedSummary
-from holdfast.messaging.tables import messages
+from holdfast.messaging.recover import DeadLetter, Republish, error_topology
+from holdfast.messaging.tables import bindings, messages, queues
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology
 from holdfast.settings import Settings
 from tests.conftest import StartSystem, eventually
@@ -106,6 +108,13 @@ async def state(system: System, parked_id: int) -> tuple[str, int]:
     return shown.state, shown.loops
 
 
+async def becomes(system: System, parked_id: int, wanted: str) -> None:
+    async def reached() -> bool:
+        return (await state(system, parked_id))[0] == wanted
+
+    await eventually(reached, f"message {parked_id} is {wanted}")
+
+
 async def actions(system: System, parked_id: int) -> list[tuple[str, str]]:
     """What was done with a message, and by whom."""
     return [(each.actor, each.action) for each in (await store_of(system).show(parked_id)).audit]
@@ -130,7 +139,7 @@ async def test_failures_of_one_cause_are_one_group(start_system: StartSystem) ->
     groups = await store_of(system).groups()
 
     assert (groups[0].error, groups[0].count) == ("ValueError", 3)
-    assert sorted((each.error, each.count) for each in groups[1:]) == [("", 1), ("KeyError", 1)]
+    assert sorted((each.error, each.count) for each in groups[1:]) == [("CannotDecode", 1), ("KeyError", 1)]
     assert {each.queue for each in groups} == {QUEUE}
     assert {each.type for each in groups} == {"test.note"}
     first = groups[0]
@@ -617,6 +626,58 @@ async def test_what_a_replay_causes_does_not_carry_its_mark(start_system: StartS
     assert caused.message.headers["tenant"] == "blue"
 
 
+async def test_a_replay_that_ends_in_another_queue_is_done_here(start_system: StartSystem) -> None:
+    """As a dead letter, or republished to the error exchange; there it is a message without our mark."""
+    system = await office(start_system)
+    dead = Topology(
+        exchanges=[Exchange(name="dead", kind="fanout")],
+        queues=[Queue(name=BOTH), Queue(name="dying", dead_letter_exchange="dead")],
+        bindings=[Binding(exchange="dead", queue=BOTH, routing_key="")],
+    )
+    await system.transport.declare(dead)
+    await system.transport.declare(error_topology("notes"))
+    store = store_of(system)
+    fates = {
+        "dying": (DeadLetter(), BOTH, "dead-lettered"),
+        QUEUE: (Republish(service="notes"), "notes.error.queue", "done"),
+    }
+    for queue, (recoverer, target, action) in fates.items():
+        await publish(system, [note(system, queue, exchange="", key=queue)])
+        async with system.transport.subscribe(queue, prefetch=1) as subscription:
+            await subscription.settle([park_it(each, "look") for each in await take(subscription)])
+        (row,) = await store.list(queue)
+
+        async def fail(_: Incoming) -> None:
+            raise ZeroDivisionError
+
+        listen = plainly(fail, f"reader of {queue}", recover=recoverer)
+        system.listen(msgspec.structs.replace(listen, queue=queue))
+        await store.replay([row.id], actor="ann")
+
+        async with system.transport.subscribe(target, prefetch=1) as subscription:
+            (arrived,) = await take(subscription)
+            await subscription.settle([ack(arrived)])
+        assert arrived.message.message_id == row.message_id
+        assert HEADER_PARKED_ID not in arrived.message.headers
+        await becomes(system, row.id, "done")
+        assert [each for _, each in await actions(system, row.id)] == ["replay", action]
+    assert [each.state for each in await everything(system)] == ["done", "done"]
+
+
+async def test_nothing_is_replayed_into_a_queue_that_is_gone(start_system: StartSystem) -> None:
+    system = await office(start_system)
+    store = store_of(system)
+    (parked_id,) = await park(system, "hopeless")
+    async with system.database.transaction() as tx:
+        await tx.execute(delete(bindings))
+        await tx.execute(delete(queues))
+    for asked in ({"ids": [parked_id]}, {"queue": QUEUE}, {"everything": True}):
+        with pytest.raises(InvalidInput, match="does not exist any more"):
+            await store.replay(actor="ann", **asked)
+    assert await state(system, parked_id) == ("parked", 0)
+    assert (await store.discard([parked_id], actor="ann", reason="gone")).count == 1
+
+
 # -- edit and discard -------------------------------------------------------------------------------------------------
 
 
@@ -753,8 +814,5 @@ async def test_an_operator_beside_the_server_reaches_it_by_polling(settings: Set
         beside = ErrorStore(system.database, system.clock, system.ids)
         await beside.replay([parked_id], actor="ann")
 
-        async def settled() -> bool:
-            return await state(system, parked_id) == ("done", 0)
-
-        await eventually(settled, "the replay was handled")
+        await becomes(system, parked_id, "done")
         assert await ledger.entries() == ["again"]

@@ -431,7 +431,7 @@ async def test_a_forged_or_cut_off_link_pays_nothing(unpaid: Unpaid) -> None:
             f"{body}:{mac}",
             f"{unsigned}.{mac}",
             "x" * 20_000,
-            "." * 20_000,
+            "." * 10_000,
             "é.é",
             "\ud800.a",
         ),

@@ -17,7 +17,7 @@ from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.db.border import KeyTaken
 from holdfast.db.database import Database, Tx
-from holdfast.errors import Conflict, HoldfastError, OutcomeUnknown, Overloaded, ShuttingDown, Unavailable
+from holdfast.errors import Conflict, HoldfastError, InvalidInput, OutcomeUnknown, Overloaded, ShuttingDown, Unavailable
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -81,10 +81,15 @@ class GroupCommit:
     async def submit(self, decide: Decide[Q, A], request: Q) -> A:
         """Hand in one request and wait for its answer.
 
-        Raises the refusal that `decide` returned, `Overloaded`, `ShuttingDown`, `Unavailable`, `Conflict` or
-        `OutcomeUnknown`. A caller that is cancelled before its batch began leaves no trace; afterwards the request is
-        decided all the same.
+        Raises the refusal that `decide` returned, `InvalidInput` within a decision of this very writer, `Overloaded`,
+        `ShuttingDown`, `Unavailable`, `Conflict` or `OutcomeUnknown`. A caller that is cancelled before its batch began
+        leaves no trace; afterwards the request is decided all the same.
         """
+        if self._worker is not None and asyncio.current_task() is self._worker:
+            raise InvalidInput(
+                "this is called from within a transaction of the same writer, which would wait for itself; "
+                "use the transaction at hand: outbox.add(tx, ...) instead of publisher.publish(...)"
+            )
         if self._closing:
             raise ShuttingDown("this process is stopping; try again elsewhere")
         if len(self._waiting) >= self._queue_max:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -24,11 +23,13 @@ from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.db.database import Tx
 from holdfast.db.group_commit import GroupCommit
-from holdfast.errors import CannotDecode, HoldfastError, InvalidInput, ShuttingDown, Unavailable
+from holdfast.errors import CannotDecode, HandlerTimeout, HoldfastError, InvalidInput, ShuttingDown, Unavailable
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.inbox import Inbox
-from holdfast.messaging.message import Delivery, Settlement, ack, handed_on, reject, retry
-from holdfast.messaging.retry import Retry, RetryPolicy
+from holdfast.messaging.message import Delivery, Settlement, ack, handed_on, park, retry
+from holdfast.messaging.pacing import Keys, Outage, Slots
+from holdfast.messaging.recover import Park, Recoverer, describe
+from holdfast.messaging.retry import Retry, RetryPolicy, is_fatal
 from holdfast.messaging.transport import Subscription, Transport
 
 Effect = Callable[[Tx, Sequence[Any]], Awaitable[None]]
@@ -61,6 +62,11 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
     prefetch: int = 200
     concurrency: int = 32  # plain handlers at once
     group: GroupCommit | None = None  # the writer of its effects; the toolkit's own unless given
+    recover: Recoverer = Park()  # what becomes of a message that is given up on
+    time_limit_ms: int | None = None  # for a plain handler; then it is cancelled and the attempt has failed
+    key: Callable[[Any], Hashable | None] | None = None  # bodies of one key are handled one after the other, in order
+    outage_after: int = 20  # failures in a row after which deliveries are tried one at a time
+    outage_wait_ms: int = 1_000  # after each failure then
     local: RetryPolicy = RetryPolicy(tries=3, interval_ms=1_000)
     durable: RetryPolicy = RetryPolicy(tries=10, interval_ms=5_000, multiplier=2.0, jitter=0.1)
 
@@ -69,6 +75,13 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput(f"listener {self.name!r} has no handler")
         if self.effects and self.ack != "auto":
             raise InvalidInput(f"listener {self.name!r}: effects ack within their transaction; use ack='auto'")
+        if self.effects and (self.time_limit_ms is not None or self.key is not None):
+            raise InvalidInput(f"listener {self.name!r}: time_limit_ms and key are for plain handlers, not for effects")
+        for name in ("prefetch", "concurrency", "outage_after"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"listener {self.name!r}: {name} is at least 1, not {getattr(self, name)}")
+        if self.time_limit_ms is not None and self.time_limit_ms < 1:
+            raise InvalidInput(f"listener {self.name!r}: time_limit_ms is at least 1, not {self.time_limit_ms}")
         if both := set(self.effects) & set(self.plain):
             raise InvalidInput(f"listener {self.name!r} handles {sorted(kind.__name__ for kind in both)} twice")
 
@@ -88,7 +101,10 @@ class Listener:
         self._codec = codec
         self._clock = clock
         self._chance = random.Random()  # noqa: S311  # jitter
-        self._slots = asyncio.Semaphore(listen.concurrency)
+        self._slots = Slots(listen.concurrency)
+        self._keys = Keys()
+        self._outage = Outage(listen.outage_after, listen.outage_wait_ms / 1_000)
+        self._prefetch = listen.prefetch
         self._running: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -109,15 +125,48 @@ class Listener:
                 task.cancel()
             await asyncio.wait([self._pump, *late])
 
+    @property
+    def concurrency(self) -> int:
+        """How many plain handlers run at once; may be changed at any time."""
+        return self._slots.size
+
+    @concurrency.setter
+    def concurrency(self, size: int) -> None:
+        if size < 1:
+            raise InvalidInput(f"concurrency is at least 1, not {size}; use pause() to stop taking messages")
+        self._slots.resize(size)
+
+    def pause(self) -> None:
+        """Take no more messages until `resume`; what was taken is finished."""
+        self._limit(0)
+
+    def resume(self) -> None:
+        """Take messages again."""
+        self._limit(self._listen.prefetch)
+
+    def _limit(self, prefetch: int) -> None:
+        self._prefetch = prefetch
+        if self._subscription is not None:
+            self._subscription.limit(prefetch)
+
     async def _run(self) -> None:
-        subscription = self._transport.subscribe(self._listen.queue, prefetch=self._listen.prefetch)
-        self._subscription = subscription
-        try:
-            async with subscription:
-                await self._take_all(subscription)
-        except HoldfastError as error:
-            # Giving back failed; the leases run out and the messages come again.
-            log.warning("listener_stopped_unclean", listener=self._listen.name, error=error.code)
+        """Consume until stopped; a queue that is missing, or a database that is away, is asked for again and again."""
+        while not self._stopping.is_set():
+            subscription = self._transport.subscribe(self._listen.queue, prefetch=self._prefetch)
+            self._subscription = subscription
+            entered = False
+            try:
+                async with subscription:
+                    entered = True
+                    await self._take_all(subscription)
+                    return
+            except HoldfastError as error:
+                if entered:
+                    # Giving back failed; the leases run out and the messages come again.
+                    log.warning("listener_stopped_unclean", listener=self._listen.name, error=error.code)
+                    return
+                log.warning("cannot_listen", listener=self._listen.name, error=error.code, detail=error.detail)
+                await self._pause(AWAY_S)
 
     async def _take_all(self, subscription: Subscription) -> None:
         try:
@@ -164,15 +213,16 @@ class Listener:
             body = self._codec.decode(delivery.message)
             call = self._handler(subscription, delivery, body)
         except CannotDecode as error:
-            return reject(delivery, error.detail)
-        failure = await self._try_locally(delivery, call)
+            return await self._recover(delivery, error)
+        async with self._keys.turn(self._listen.key(body) if self._listen.key is not None else None):
+            failure = await self._try_locally(delivery, call)
         if self._listen.ack != "auto":
             if failure is not None and not isinstance(failure, ShuttingDown):
                 log.error("handler_failed", queue=delivery.queue, error=repr(failure)[:300], ack=self._listen.ack)
             return None
         if failure is None:
             return None if delivery.settled else ack(delivery)
-        return self._after_failure(delivery, failure)
+        return await self._after_failure(delivery, failure)
 
     def _handler(self, subscription: Subscription, delivery: Delivery, body: Any) -> Callable[[], Awaitable[None]]:
         kind = type(body)
@@ -190,17 +240,50 @@ class Listener:
                         raise ShuttingDown("stopped before this message's turn")
                     if self._listen.ack == "none" and not await self._settle(subscription, ack(delivery)):
                         return  # it may come again, so nobody may have handled it
-                    await handler(Incoming(body=body, delivery=delivery, settle=settle))
+                    await self._in_time(handler(Incoming(body=body, delivery=delivery, settle=settle)))
 
             return call
         raise CannotDecode(f"listener {self._listen.name!r} has no handler for type {delivery.message.type!r}")
+
+    async def _in_time(self, work: Awaitable[None]) -> None:
+        if self._listen.time_limit_ms is None:
+            await work
+            return
+        limit = asyncio.timeout(self._listen.time_limit_ms / 1_000)
+        try:
+            async with limit:
+                await work
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise HandlerTimeout(f"not done within {self._listen.time_limit_ms} ms; it was cancelled") from error
+
+    async def _carefully(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Call, and count failures in a row; while everything fails, one at a time and slowly."""
+        if not self._outage.on:
+            await self._counted(call)
+            return
+        async with self._outage.one_at_a_time:
+            await self._counted(call)
+
+    async def _counted(self, call: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await call()
+        except Exception as error:
+            if not isinstance(error, (Retry, ShuttingDown)) and not is_fatal(error, self._listen.local.fatal):
+                self._outage.failed()
+                if self._outage.on:
+                    log.warning("outage", listener=self._listen.name, failures_in_a_row=self._outage.failures)
+                    await self._pause(self._outage.wait_s)
+            raise
+        self._outage.worked()
 
     async def _try_locally(self, delivery: Delivery, call: Callable[[], Awaitable[None]]) -> Exception | None:
         """Call until it succeeds or the local policy gives up; answers the last error."""
         attempt = 1
         while True:
             try:
-                await call()
+                await self._carefully(call)
             except Exception as error:
                 wait_ms = None
                 if self._listen.ack == "auto" and not isinstance(error, (Retry, ShuttingDown)):
@@ -219,7 +302,15 @@ class Listener:
             else:
                 return None
 
-    def _after_failure(self, delivery: Delivery, error: Exception) -> Settlement | None:
+    async def _recover(self, delivery: Delivery, error: Exception) -> Settlement:
+        """Hand a message that is given up on to the recoverer; one that fails itself loses nothing."""
+        try:
+            return await self._listen.recover.recover(self._transport, delivery, error)
+        except Exception:
+            log.exception("recoverer_failed", listener=self._listen.name, message_id=delivery.message.message_id)
+            return park(delivery, describe(error))
+
+    async def _after_failure(self, delivery: Delivery, error: Exception) -> Settlement | None:
         if isinstance(error, ShuttingDown):
             return None
         if isinstance(error, Retry):
@@ -229,7 +320,7 @@ class Listener:
             return retry(delivery, self._listen.durable.interval_ms, counts=False, reason=error.detail)
         wait_ms = self._listen.durable.delay_ms(delivery.attempt, error, self._chance)
         if wait_ms is None:
-            return reject(delivery, _describe(error))
+            return await self._recover(delivery, error)
         return retry(delivery, wait_ms, reason=repr(error)[:300])
 
     async def _apply(
@@ -258,9 +349,3 @@ class Listener:
         finally:
             timer.cancel()
             stop.cancel()
-
-
-def _describe(error: Exception) -> str:
-    """The error and the last frames, for the human who finds the parked message."""
-    trace = "".join(traceback.format_exception(error, limit=-5))
-    return f"{type(error).__name__}: {error}"[:500] + "\n" + trace[-3_000:]

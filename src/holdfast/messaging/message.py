@@ -32,6 +32,7 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
 
     message: Message
     delay_ms: int = 0
+    expires_ms: int | None = None  # how long it may wait in a queue, from when it is due
     mandatory: bool = True  # no queue for it is an error, not a silent loss
     cancel_key: str | None = None  # a pending delayed message can be removed by this key
 
@@ -69,11 +70,12 @@ class Settlement(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of a delivery.
 
     `ack` removes it; `retry` puts it back into its queue, to be delivered again after `after_ms` with its attempt
-    raised by one if it `counts`; `reject` takes it out of the queue into the error store, with the reason.
+    raised by one if it `counts`; `reject` sends it to its dead-letter exchange, or parks it where there is none;
+    `park` takes it out of the queue into the error store, with the reason.
     """
 
     delivery: Delivery
-    kind: Literal["ack", "retry", "reject"]
+    kind: Literal["ack", "retry", "reject", "park"]
     after_ms: int = 0
     counts: bool = True  # whether a retry raises the attempt
     reason: str = ""
@@ -90,7 +92,7 @@ def retry(delivery: Delivery, after_ms: int, *, counts: bool = True, reason: str
 
 
 def reject(delivery: Delivery, reason: str) -> Settlement:
-    """Give up on it and keep it where a human finds it."""
+    """Hand it to its queue's dead-letter exchange; where there is none, it is parked."""
     return Settlement(delivery=delivery, kind="reject", reason=reason)
 
 
@@ -99,3 +101,8 @@ def handed_on(headers: Mapping[str, str]) -> Mapping[str, str]:
     if HEADER_PARKED_ID not in headers:
         return headers
     return {name: value for name, value in headers.items() if name != HEADER_PARKED_ID}
+
+
+def park(delivery: Delivery, reason: str) -> Settlement:
+    """Give up on it and keep it where a human finds it."""
+    return Settlement(delivery=delivery, kind="park", reason=reason)

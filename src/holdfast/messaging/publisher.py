@@ -76,7 +76,7 @@ class Publisher:
             if problem is None:
                 return
             wait_ms = self._retry.delay_ms(attempt, problem, self._chance)
-            if wait_ms is None or not isinstance(problem, PublishRejected):
+            if wait_ms is None or not isinstance(problem, PublishRejected) or not problem.retryable:
                 raise problem
             attempt += 1
             await self._clock.sleep(wait_ms / 1_000)

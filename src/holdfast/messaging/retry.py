@@ -22,6 +22,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     multiplier: float = 1.0
     interval_ms_max: int = 300_000
     jitter: float = 0.0
+    fatal: tuple[type[BaseException], ...] = ()  # besides `FATAL`: errors that another attempt cannot mend
 
     def __post_init__(self) -> None:
         if self.tries < 1:
@@ -34,13 +35,16 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
     def delay_ms(self, attempt: int, error: BaseException, chance: random.Random) -> int | None:
         """Milliseconds to wait after failed attempt number `attempt` (from 1), or None to give up."""
-        if attempt >= self.tries or is_fatal(error):
+        if attempt >= self.tries or is_fatal(error, self.fatal):
             return None
+        return round(self.wait_ms(attempt) * (1 - self.jitter * chance.random()))
+
+    def wait_ms(self, attempt: int) -> int:
+        """The wait after failed attempt number `attempt` (from 1), without jitter."""
         try:
-            wait = min(self.interval_ms * self.multiplier ** (attempt - 1), self.interval_ms_max)
+            return round(min(self.interval_ms * self.multiplier ** (attempt - 1), self.interval_ms_max))
         except OverflowError:  # so many attempts that the cap was reached long ago
-            wait = self.interval_ms_max
-        return round(wait * (1 - self.jitter * chance.random()))
+            return self.interval_ms_max
 
 
 class Retry(HoldfastError):
@@ -55,7 +59,7 @@ class Retry(HoldfastError):
 
 
 class Reject(HoldfastError):
-    """A handler's signal: no retry can help, park this message with the reason."""
+    """A handler's signal: no retry can help, hand this message to the recoverer with the reason."""
 
     code = "reject"
 
@@ -64,6 +68,6 @@ FATAL = (CannotDecode, InvalidInput, Reject)
 """Errors that another attempt cannot mend."""
 
 
-def is_fatal(error: BaseException) -> bool:
+def is_fatal(error: BaseException, more: tuple[type[BaseException], ...] = ()) -> bool:
     """Whether trying again is pointless."""
-    return isinstance(error, FATAL)
+    return isinstance(error, (*FATAL, *more))

@@ -25,10 +25,19 @@ exchanges = Table(
     "hf_exchange",
     metadata,
     Column("name", Text, primary_key=True),
-    Column("kind", Text, nullable=False),
+    Column("arguments", Text, nullable=False),  # JSON; what differs from a plain exchange
 )
 
-queues = Table("hf_queue", metadata, Column("name", Text, primary_key=True))
+queues = Table(
+    "hf_queue",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("arguments", Text, nullable=False),  # JSON; what differs from a plain queue
+    Column("owner", BigInteger),  # the instance that an exclusive queue belongs to
+    Column("used_us", BigInteger, nullable=False),  # when a queue that may pass was last seen in use
+    Column("active", BigInteger),  # the consumer that has all messages of a queue with a single active one
+    Column("active_until_us", BigInteger),
+)
 
 bindings = Table(
     "hf_binding",
@@ -51,7 +60,9 @@ messages = Table(
     Column("lease", BigInteger),
     Column("attempt", Integer, nullable=False),
     Column("deliveries", Integer, nullable=False),
+    Column("crashes", Integer, nullable=False),  # deliveries that ended without an outcome
     Column("cancel_key", Text),
+    Column("expires_us", BigInteger),  # not delivered from this instant on, but dead-lettered or dropped
     Column("message_id", Text, nullable=False),
     Column("exchange", Text, nullable=False),
     Column("routing_key", Text, nullable=False),
@@ -67,6 +78,13 @@ Index(
     messages.c.cancel_key,
     sqlite_where=messages.c.cancel_key.is_not(None),
     postgresql_where=messages.c.cancel_key.is_not(None),
+)
+Index(
+    "ix_hf_message_expires",
+    messages.c.expires_us,
+    messages.c.id,
+    sqlite_where=messages.c.expires_us.is_not(None),
+    postgresql_where=messages.c.expires_us.is_not(None),
 )
 
 # The effect of (consumer, message) happened.

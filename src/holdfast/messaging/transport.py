@@ -21,6 +21,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     shares_database: bool  # messages live in the tables of the user's own database
     native_delay: bool  # any delay without help from above
     several_processes: bool  # more than one process may work on it
+    declares: frozenset[str] = frozenset()  # what of exchanges and queues goes beyond plain durable ones
 
 
 class QueueStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +41,10 @@ class Subscription(Protocol):
 
     async def take(self) -> list[Delivery]:
         """Wait for the next deliveries, at least one; an empty list says that the subscription was closed."""
+        ...
+
+    def limit(self, prefetch: int) -> None:
+        """Hold at most so many from now on; with 0 nothing more is taken."""
         ...
 
     def stop(self) -> None:
@@ -70,7 +75,19 @@ class Transport(Protocol):
     def features(self) -> Features: ...
 
     async def declare(self, topology: Topology) -> None:
-        """Make exchanges, queues and bindings exist; raises `TopologyMismatch` naming both values."""
+        """Make exchanges, queues and bindings exist.
+
+        Raises `TopologyMismatch` naming both values of what exists with other arguments, and for what this backend does
+        not offer; then nothing was declared.
+        """
+        ...
+
+    async def check(self, topology: Topology) -> None:
+        """Declare nothing; raises `TopologyMismatch` that names all that is missing or differs."""
+        ...
+
+    async def topology(self) -> Topology:
+        """What is declared now."""
         ...
 
     async def publish(self, batch: Sequence[Outgoing]) -> list[PublishError | None]:
@@ -81,7 +98,10 @@ class Transport(Protocol):
         ...
 
     def subscribe(self, queue: str, *, prefetch: int) -> Subscription:
-        """A consumer; each message goes to one of the queue's consumers at a time."""
+        """A consumer; each message goes to one of the queue's consumers at a time.
+
+        Entering it raises `NoSuchQueue`, or `TopologyMismatch` for the exclusive queue of another instance.
+        """
         ...
 
     async def stats(self, queue: str) -> QueueStats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from holdfast.messaging.fingerprint import Fingerprint, fingerprint, group_key
-from holdfast.messaging.listener import _describe
+from holdfast.messaging.recover import describe
 
 
 def deep(levels: int, text: str) -> None:
@@ -30,7 +30,7 @@ def reason_of(call: object, *arguments: object) -> str:
     try:
         call(*arguments)  # type: ignore[operator]
     except Exception as error:
-        return _describe(error)
+        return describe(error)
     raise AssertionError("it did not fail")
 
 

@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from holdfast.errors import InvalidInput
-from holdfast.messaging.topology import NAME_BYTES_MAX, Binding, Exchange, Queue, Topology, route, topic_matches
+from holdfast.messaging.routing import route, topic_matches
+from holdfast.messaging.topology import NAME_BYTES_MAX, Binding, Exchange, Queue, Topology
 from tests.unit.given import steady
 
 WORDS = st.sampled_from(["a", "b", "ab", ""])
@@ -80,7 +81,7 @@ def test_a_key_matches_itself(key: str) -> None:
 def test_many_hashes_do_not_explode() -> None:
     """In a process of its own, since a match that tries everything would never come back to be judged."""
     code = (
-        "from holdfast.messaging.topology import topic_matches\n"
+        "from holdfast.messaging.routing import topic_matches\n"
         "words = '.'.join(['a'] * 200)\n"
         "assert not topic_matches('.'.join(['#', 'a'] * 100 + ['b']), words)\n"
         "assert topic_matches('.'.join(['#', 'a'] * 100 + ['#']), words)\n"

@@ -13,7 +13,7 @@ def upgrade() -> None:
     op.create_table(
         "hf_exchange",
         sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("arguments", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_hf_exchange")),
     )
     op.create_table(
@@ -32,7 +32,9 @@ def upgrade() -> None:
         sa.Column("lease", sa.BigInteger(), nullable=True),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("deliveries", sa.Integer(), nullable=False),
+        sa.Column("crashes", sa.Integer(), nullable=False),
         sa.Column("cancel_key", sa.Text(), nullable=True),
+        sa.Column("expires_us", sa.BigInteger(), nullable=True),
         sa.Column("message_id", sa.Text(), nullable=False),
         sa.Column("exchange", sa.Text(), nullable=False),
         sa.Column("routing_key", sa.Text(), nullable=False),
@@ -50,6 +52,14 @@ def upgrade() -> None:
         unique=False,
         sqlite_where=sa.text("cancel_key IS NOT NULL"),
         postgresql_where=sa.text("cancel_key IS NOT NULL"),
+    )
+    op.create_index(
+        "ix_hf_message_expires",
+        "hf_message",
+        ["expires_us", "id"],
+        unique=False,
+        sqlite_where=sa.text("expires_us IS NOT NULL"),
+        postgresql_where=sa.text("expires_us IS NOT NULL"),
     )
     op.create_index("ix_hf_message_ready", "hf_message", ["queue", "due_us", "id"], unique=False)
     op.create_table(
@@ -74,8 +84,8 @@ def upgrade() -> None:
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("loops", sa.Integer(), nullable=False),
         sa.Column("replay_id", sa.BigInteger(), nullable=True),
-        sa.CheckConstraint("state IN ('parked', 'pending', 'done', 'discarded')", name="ck_hf_parked_state"),
         sa.CheckConstraint("(state = 'pending') = (replay_id IS NOT NULL)", name="ck_hf_parked_replay"),
+        sa.CheckConstraint("state IN ('parked', 'pending', 'done', 'discarded')", name="ck_hf_parked_state"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_hf_parked")),
     )
     op.create_index("ix_hf_parked_state", "hf_parked", ["state", "id"], unique=False)
@@ -97,6 +107,11 @@ def upgrade() -> None:
     op.create_table(
         "hf_queue",
         sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("arguments", sa.Text(), nullable=False),
+        sa.Column("owner", sa.BigInteger(), nullable=True),
+        sa.Column("used_us", sa.BigInteger(), nullable=False),
+        sa.Column("active", sa.BigInteger(), nullable=True),
+        sa.Column("active_until_us", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_hf_queue")),
     )
     op.create_table(
@@ -124,6 +139,12 @@ def downgrade() -> None:
     op.drop_index("ix_hf_parked_state", table_name="hf_parked")
     op.drop_table("hf_parked")
     op.drop_index("ix_hf_message_ready", table_name="hf_message")
+    op.drop_index(
+        "ix_hf_message_expires",
+        table_name="hf_message",
+        sqlite_where=sa.text("expires_us IS NOT NULL"),
+        postgresql_where=sa.text("expires_us IS NOT NULL"),
+    )
     op.drop_index(
         "ix_hf_message_cancel_key",
         table_name="hf_message",

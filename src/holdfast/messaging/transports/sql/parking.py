@@ -7,9 +7,11 @@ or made up changes nothing. Rows are locked in one order: the message first, the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Integer, Text, delete, insert, literal, null, select, update
+import msgspec
+from sqlalchemy import ColumnElement, insert, null, update
 
 from holdfast.db.database import Tx
 from holdfast.ids import ID_MAX, IdSource
@@ -24,31 +26,24 @@ AUDIT_REASON_CHARS_MAX = 500
 _KEPT = [column.name for column in parked.columns if column.name in messages.columns]
 
 
-async def park(tx: Tx, settlement: Settlement, now_us: int, ids: IdSource) -> bool:
-    """Take a rejected message out of its queue into the error store; False when it is no longer ours to decide."""
-    reason = _storable(settlement.reason)
-    if HEADER_PARKED_ID in settlement.delivery.message.headers:
-        # Locked before the row it came from, as an ack does; a message that somebody else holds now is his.
-        held = select(messages.c.id).where(_held_by(settlement)).with_for_update()
-        if (await tx.execute(held)).first() is None:
-            return False
-        if await _failed_again(tx, settlement, reason, now_us, ids):
-            await tx.execute(delete(messages).where(_held_by(settlement)))
-            return True
+async def park(tx: Tx, row: Any, reason: str, now_us: int, ids: IdSource) -> None:
+    """Copy a row of `messages` to the error store, a replayed one into the row it came from; the caller deletes it."""
+    reason = _storable(reason)
+    headers = msgspec.json.decode(row.headers, type=dict[str, str])
+    if HEADER_PARKED_ID in headers and await _failed_again(tx, row, headers, reason, now_us, ids):
+        return
     seen = fingerprint(reason)
+    kept = {name: getattr(row, name) for name in _KEPT}
     added = {
-        "reason": literal(reason, Text),
-        "parked_us": literal(now_us, BigInteger),
-        "failed_us": literal(now_us, BigInteger),
-        "error": literal(seen.error, Text),
-        "group_key": literal(group_key(settlement.delivery.queue, seen), Text),
-        "state": literal("parked", Text),
-        "loops": literal(0, Integer),
+        "reason": reason,
+        "parked_us": now_us,
+        "failed_us": now_us,
+        "error": seen.error,
+        "group_key": group_key(row.queue, seen),
+        "state": "parked",
+        "loops": 0,
     }
-    kept = select(*(messages.c[name] for name in _KEPT), *added.values()).where(_held_by(settlement))
-    moved = await tx.execute(insert(parked).from_select([*_KEPT, *added], kept))
-    await tx.execute(delete(messages).where(_held_by(settlement)))
-    return bool(moved.rowcount)
+    await tx.execute(insert(parked).values(**kept, **added))
 
 
 def replayed(acked: Sequence[Settlement]) -> list[Settlement]:
@@ -59,31 +54,42 @@ def replayed(acked: Sequence[Settlement]) -> list[Settlement]:
 async def done(tx: Tx, acked: Sequence[Settlement], now_us: int, ids: IdSource) -> None:
     """Mark the rows of replayed messages that were acked; to be called after the messages were deleted."""
     for settlement in acked:
-        parked_id = _parked_id(settlement)
-        settled = await tx.execute(
-            update(parked).where(_replayed_by(settlement, parked_id)).values(state="done", replay_id=null())
-        )
-        if settled.rowcount:
-            await _note(tx, "done", parked_id, "", now_us, ids)
+        delivery = settlement.delivery
+        await _end(tx, delivery.receipt.row_id, delivery.message.headers, "done", now_us, ids)
 
 
-async def _failed_again(tx: Tx, settlement: Settlement, reason: str, now_us: int, ids: IdSource) -> bool:
+async def moved_on(tx: Tx, row_id: int, headers: Mapping[str, str], now_us: int, ids: IdSource) -> dict[str, str]:
+    """A replayed message left its queue as a dead letter: its row is done; answers the headers without its id."""
+    await _end(tx, row_id, headers, "dead-lettered", now_us, ids)
+    return {name: value for name, value in headers.items() if name != HEADER_PARKED_ID}
+
+
+async def _end(tx: Tx, row_id: int, headers: Mapping[str, str], action: str, now_us: int, ids: IdSource) -> None:
+    parked_id = _parked_id(headers)
+    settled = await tx.execute(
+        update(parked).where(_replayed_by(row_id, parked_id)).values(state="done", replay_id=null())
+    )
+    if settled.rowcount:
+        await _note(tx, action, parked_id, "", now_us, ids)
+
+
+async def _failed_again(tx: Tx, row: Any, headers: Mapping[str, str], reason: str, now_us: int, ids: IdSource) -> bool:
     """Park a replayed message in the row it came from; False when there is no such row."""
     seen = fingerprint(reason)
-    parked_id = _parked_id(settlement)
+    parked_id = _parked_id(headers)
     back = await tx.execute(
         update(parked)
-        .where(_replayed_by(settlement, parked_id))
+        .where(_replayed_by(row.id, parked_id))
         .values(
             state="parked",
             replay_id=null(),
             loops=parked.c.loops + 1,
-            attempt=settlement.delivery.attempt,
-            deliveries=parked.c.deliveries + settlement.delivery.deliveries,
+            attempt=row.attempt,
+            deliveries=parked.c.deliveries + row.deliveries,
             reason=reason,
             failed_us=now_us,
             error=seen.error,
-            group_key=group_key(settlement.delivery.queue, seen),
+            group_key=group_key(row.queue, seen),
         )
     )
     if not back.rowcount:
@@ -105,28 +111,20 @@ async def _note(tx: Tx, action: str, parked_id: int, reason: str, now_us: int, i
     )
 
 
-def _parked_id(settlement: Settlement) -> int:
+def _parked_id(headers: Mapping[str, str]) -> int:
     """The row that the header names; 0, which is no row's id, when it names none."""
-    told = settlement.delivery.message.headers[HEADER_PARKED_ID]
+    told = headers.get(HEADER_PARKED_ID, "")
     if not (told.isascii() and told.isdigit() and len(told) <= len(str(ID_MAX))):
         return 0
     return int(told) if int(told) <= ID_MAX else 0
 
 
-def _replayed_by(settlement: Settlement, parked_id: int) -> ColumnElement[bool]:
+def _replayed_by(row_id: int, parked_id: int) -> ColumnElement[bool]:
     """The pending row that this very message replays."""
-    row_id = settlement.delivery.receipt.row_id
     pending: ColumnElement[bool] = (
         (parked.c.id == parked_id) & (parked.c.replay_id == row_id) & (parked.c.state == "pending")
     )
     return pending
-
-
-def _held_by(settlement: Settlement) -> ColumnElement[bool]:
-    """The message, if its lease is still ours: one whose lease ran out is for its new holder to decide."""
-    receipt = settlement.delivery.receipt
-    held: ColumnElement[bool] = (messages.c.id == receipt.row_id) & (messages.c.lease == receipt.lease)
-    return held
 
 
 def _storable(reason: str) -> str:

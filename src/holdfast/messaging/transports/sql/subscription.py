@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-from sqlalchemy import BigInteger, Executable, Integer, bindparam, delete, func, null, select, update
+from sqlalchemy import BigInteger, Executable, Integer, bindparam, case, delete, func, null, or_, select, update
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, US_PER_S, Clock
@@ -19,9 +19,16 @@ from holdfast.db.prepared import Prepared, among
 from holdfast.errors import AlreadySettled, HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.message import Delivery, Message, Settlement
-from holdfast.messaging.tables import messages
+from holdfast.messaging.tables import messages, queues
+from holdfast.messaging.topology import Queue
 from holdfast.messaging.transports.sql import parking
+from holdfast.messaging.transports.sql.lifetimes import Lifetimes
 from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
+from holdfast.messaging.transports.sql.writer import Writer
+
+SUSPECT_CRASHES = 2
+SUSPECT_WAIT_US = US_PER_S
+CRASH_LOOP = "CrashLoop: {} deliveries ended without an outcome; its handler may end the process, or outlast the lease"
 
 log = observe.logger("sql_transport")
 
@@ -31,6 +38,7 @@ _CLAIMED = (
     messages.c.ready_us,
     messages.c.attempt,
     messages.c.deliveries,
+    messages.c.crashes,
     messages.c.message_id,
     messages.c.exchange,
     messages.c.routing_key,
@@ -47,6 +55,7 @@ def _claim(_: Dialect) -> Executable:
     due = (
         select(messages.c.id)
         .where(messages.c.queue == bindparam("of_queue"), messages.c.due_us <= bindparam("now_us"))
+        .where(or_(messages.c.expires_us.is_(None), messages.c.expires_us > bindparam("now_us")))
         .order_by(messages.c.due_us, messages.c.id)
         .limit(bindparam("room", type_=BigInteger))
         .with_for_update(skip_locked=True)
@@ -55,8 +64,36 @@ def _claim(_: Dialect) -> Executable:
     return (
         update(messages)
         .where(messages.c.id.in_(select(due.c.id)))
-        .values(due_us=bindparam("until_us"), lease=bindparam("new_lease"), deliveries=messages.c.deliveries + 1)
+        .values(
+            due_us=bindparam("until_us"),
+            lease=bindparam("new_lease"),
+            deliveries=messages.c.deliveries + 1,
+            crashes=messages.c.crashes + case((messages.c.lease.is_(None), 0), else_=1),
+        )
         .returning(*_CLAIMED)
+    )
+
+
+def _activate(_: Dialect) -> Executable:
+    free = or_(
+        queues.c.active.is_(None),
+        queues.c.active == bindparam("consumer", type_=BigInteger),
+        queues.c.active_until_us <= bindparam("now_us"),
+    )
+    return (
+        update(queues)
+        .where(queues.c.name == bindparam("of_queue"), free)
+        .values(active=bindparam("consumer", type_=BigInteger), active_until_us=bindparam("until_us"))
+        .returning(queues.c.name)
+    )
+
+
+def _step_down(_: Dialect) -> Executable:
+    return (
+        update(queues)
+        .where(queues.c.name == bindparam("of_queue"), queues.c.active == bindparam("consumer", type_=BigInteger))
+        .values(active=null(), active_until_us=null())
+        .returning(queues.c.name)
     )
 
 
@@ -92,6 +129,8 @@ _DELETE = Prepared(
     lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")).returning(messages.c.id)
 )
 _PUT_BACK = Prepared(_put_back)
+_ACTIVATE = Prepared(_activate)
+_STEP_DOWN = Prepared(_step_down)
 _MOVE = Prepared(_moved)
 
 
@@ -119,9 +158,12 @@ class SqlSubscription:
         ids: IdSource,
         wakeups: Wakeups,
         tell: Callable[[set[tuple[str, int]]], None],
+        writer: Writer,
+        lifetimes: Lifetimes,
         prefetch: int,
         lease_us: int,
         poll_us: int,
+        crashes_max: int,
     ) -> None:
         self._queue = queue
         self._group = group
@@ -129,16 +171,23 @@ class SqlSubscription:
         self._ids = ids
         self._wakeups = wakeups
         self._tell = tell
+        self._writer = writer
+        self._lifetimes = lifetimes
+        self._declared: Queue | None = None
+        self._consumer = ids.next()  # by which a single active consumer is known
         self._waiter = Waiter(clock)
         self._in_flight = observe.messages_in_flight.labels(queue)
         self._prefetch = prefetch
         self._lease_us = lease_us
         self._poll_us = poll_us
+        self._crashes_max = crashes_max
         self._held: dict[int, Receipt] = {}
+        self._suspects: set[int] = set()  # of those held: what may have ended a process before
         self._renewal: asyncio.Task[None] | None = None
         self._closed = False
 
     async def __aenter__(self) -> SqlSubscription:
+        self._declared = await self._lifetimes.enter(self._queue)
         self._wakeups.add(self._queue, self._waiter)
         self._renewal = asyncio.create_task(self._renew(), name=f"renew-{self._queue}")
         return self
@@ -155,6 +204,15 @@ class SqlSubscription:
             await self._group.submit(self._give_back, list(self._held.values()))
             self._in_flight.dec(len(self._held))
             self._held.clear()
+        if self._declared is not None:
+            if self._declared.single_active_consumer:
+                await self._group.submit(self._retire, None)
+            await self._lifetimes.leave(self._declared)
+            self._declared = None
+
+    def limit(self, prefetch: int) -> None:
+        self._prefetch = prefetch
+        self._waiter.wake()
 
     def stop(self) -> None:
         self._closed = True
@@ -190,6 +248,12 @@ class SqlSubscription:
 
     async def _claim_once(self, tx: Tx, room: int) -> _Claimed:
         now_us = self._clock.now_us()
+        if (
+            self._declared is not None
+            and self._declared.single_active_consumer
+            and not await self._is_active(tx, now_us)
+        ):
+            return _Claimed((), None)  # polling finds out when the active one is gone
         rows = await _CLAIM.rows(
             tx,
             of_queue=self._queue,
@@ -199,12 +263,50 @@ class SqlSubscription:
             new_lease=self._ids.next(),
         )
         if rows:
-            return _Claimed(sorted(rows, key=lambda row: (row.ready_us, row.id)), None)
+            kept = await self._without_suspects(tx, sorted(rows, key=lambda row: (row.ready_us, row.id)))
+            return _Claimed(kept, None if kept else now_us)  # none was to be kept: look again at once
         (soonest,) = await _SOONEST.rows(tx, of_queue=self._queue, now_us=now_us)
         return _Claimed((), soonest.due_us)
 
+    async def _without_suspects(self, tx: Tx, rows: Sequence[Any]) -> list[Any]:
+        """Of the messages that may have ended a process hold one at a time, and park who did so too often.
+
+        All that a process held when it ended count as crashed, so most of them are innocent: held alone, they get
+        through, and only the guilty one goes on counting.
+        """
+        now_us = self._clock.now_us()
+        kept: list[Any] = []
+        alone = not self._suspects
+        for row in rows:
+            if row.crashes < SUSPECT_CRASHES:
+                kept.append(row)
+            elif row.crashes >= self._crashes_max:
+                (whole,) = (await tx.execute(select(*messages.columns).where(messages.c.id == row.id))).all()
+                await self._writer.park(tx, whole, CRASH_LOOP.format(row.crashes))
+                await _DELETE.rows(tx, row_ids=[row.id])
+            elif alone:
+                alone = False
+                kept.append(row)
+            else:
+                await _move(tx, [Receipt(row.id, row.lease)], now_us + SUSPECT_WAIT_US, keep=False)
+        return kept
+
+    async def _is_active(self, tx: Tx, now_us: int) -> bool:
+        until_us = now_us + self._lease_us
+        return bool(
+            await _ACTIVATE.rows(tx, of_queue=self._queue, consumer=self._consumer, now_us=now_us, until_us=until_us)
+        )
+
+    async def _retire(self, tx: Tx, requests: Sequence[None]) -> list[HoldfastError | None]:
+        await _STEP_DOWN.rows(tx, of_queue=self._queue, consumer=self._consumer)
+        now_us = self._clock.now_us()
+        tx.on_commit(lambda: self._tell({(self._queue, now_us)}))
+        return [None for _ in requests]
+
     def _delivery(self, row: Any) -> Delivery:
         receipt = Receipt(row.id, row.lease)
+        if row.crashes >= SUSPECT_CRASHES:
+            self._suspects.add(row.id)
         self._held[row.id] = receipt
         self._in_flight.inc()
         message = Message(
@@ -230,7 +332,9 @@ class SqlSubscription:
         for settlement in settlements:
             by_kind.setdefault(settlement.kind, []).append(settlement)
         if rejected := by_kind.get("reject"):
-            await self._park(tx, rejected)
+            await self._reject(tx, rejected)
+        if given_up := by_kind.get("park"):
+            await self._park(tx, given_up)
         if gone := by_kind.get("ack"):
             row_ids = [settlement.delivery.receipt.row_id for settlement in gone]
             await _DELETE.rows(tx, row_ids=row_ids)
@@ -240,17 +344,15 @@ class SqlSubscription:
             await self._put_back(tx, again)
         tx.on_commit(lambda: self._settled(settlements))
 
-    async def _park(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
+    async def _reject(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
         for settlement in rejected:
-            if not await parking.park(tx, settlement, self._clock.now_us(), self._ids):
-                continue
-            log.warning(
-                "message_parked",
-                queue=self._queue,
-                message_id=settlement.delivery.message.message_id,
-                type=settlement.delivery.message.type[:80],
-                reason=settlement.reason[:300],
-            )
+            await self._writer.bury(tx, await _held(tx, settlement), "rejected", settlement.reason)
+
+    async def _park(self, tx: Tx, given_up: Sequence[Settlement]) -> None:
+        for settlement in given_up:
+            for row in await _held(tx, settlement):
+                await self._writer.park(tx, row, settlement.reason)
+                await _DELETE.rows(tx, row_ids=[row.id])
 
     async def _put_back(self, tx: Tx, again: Sequence[Settlement]) -> None:
         # Only under our own lease: if it ran out, another consumer has the message and decides about it.
@@ -271,6 +373,7 @@ class SqlSubscription:
     def _settled(self, settlements: Sequence[Settlement]) -> None:
         for settlement in settlements:
             settlement.delivery.mark_settled()
+            self._suspects.discard(settlement.delivery.receipt.row_id)
             if self._held.pop(settlement.delivery.receipt.row_id, None) is not None:
                 self._in_flight.dec()
         for kind, count in Counter(settlement.kind for settlement in settlements).items():
@@ -281,6 +384,8 @@ class SqlSubscription:
         """Extend the leases of what is held, so that a slow handler keeps its message."""
         while True:
             await self._clock.sleep(self._lease_us / 3 / US_PER_S)
+            if self._declared is not None and self._declared.single_active_consumer:
+                self._waiter.wake()  # asking for more renews the claim to be the active one
             if not self._held:
                 continue
             try:
@@ -307,3 +412,13 @@ async def _move(tx: Tx, receipts: Sequence[Receipt], due_us: int, *, keep: bool)
     for lease in {receipt.lease for receipt in receipts}:
         row_ids = [receipt.row_id for receipt in receipts if receipt.lease == lease]
         await _MOVE.rows(tx, row_ids=row_ids, held_lease=lease, to_us=due_us, to_lease=lease if keep else None)
+
+
+async def _held(tx: Tx, settlement: Settlement) -> Sequence[Any]:
+    """The message's row, if its lease is still ours: one whose lease ran out is for its new holder to decide.
+
+    It is locked before the row of the error store that it may have come from, as an ack does.
+    """
+    receipt = settlement.delivery.receipt
+    held = (messages.c.id == receipt.row_id) & (messages.c.lease == receipt.lease)
+    return (await tx.execute(select(*messages.columns).where(held).with_for_update())).all()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from weakref import WeakSet
 
-import msgspec
 from sqlalchemy import Executable, case, delete, func, select, update
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Database, Dialect, Tx
 from holdfast.db.group_commit import GroupCommit
-from holdfast.db.prepared import Prepared, among, insert_all
+from holdfast.db.prepared import Prepared, among
 from holdfast.errors import (
     HoldfastError,
     InvalidInput,
@@ -26,16 +26,17 @@ from holdfast.errors import (
 from holdfast.ids import IdSource
 from holdfast.messaging.message import Outgoing
 from holdfast.messaging.tables import messages, queues
-from holdfast.messaging.topology import Topology
+from holdfast.messaging.topology import Queue, Topology
 from holdfast.messaging.transport import Features, QueueStats
 from holdfast.messaging.transports.sql import routing
+from holdfast.messaging.transports.sql.expiry import Expiry
+from holdfast.messaging.transports.sql.lifetimes import Lifetimes
 from holdfast.messaging.transports.sql.subscription import SqlSubscription
 from holdfast.messaging.transports.sql.wakeups import Wakeups
+from holdfast.messaging.transports.sql.writer import Writer
 from holdfast.settings import MessagingSettings
 
 Tell = Callable[[str, int], None]
-
-_INSERT = insert_all(messages)
 
 
 def _cancel(dialect: Dialect) -> Executable:
@@ -48,6 +49,9 @@ def _cancel(dialect: Dialect) -> Executable:
 
 
 _CANCEL = Prepared(_cancel)
+
+
+_TAKEN_OVER: WeakSet[Database] = WeakSet()
 
 
 class SqlTransport:
@@ -74,11 +78,18 @@ class SqlTransport:
         self._settings = settings
         self._wakeups = wakeups or Wakeups()
         self._tell_others = tell_others
+        self._instance = ids.next()  # whom its exclusive queues belong to
+        self._writer = Writer(clock, ids, self._tell)
+        self._lifetimes = Lifetimes(database, clock, self._instance, lease_us=settings.lease_ms * US_PER_MS)
+        self._expiry = Expiry(
+            group, clock, wakeups=self._wakeups, writer=self._writer, poll_us=settings.poll_ms * US_PER_MS
+        )
         self._features = Features(
             name=database.dialect,
             shares_database=True,
             native_delay=True,
             several_processes=database.dialect == "postgresql",
+            declares=routing.OFFERED,
         )
 
     @property
@@ -86,49 +97,65 @@ class SqlTransport:
         return self._features
 
     async def start(self) -> None:
-        """Take over what a former process left; on SQLite its leases are void at once: one process writes."""
-        if self._database.dialect == "sqlite":
+        """Take over what a former process left; on SQLite its leases are void at once: one process writes.
+
+        Only the first transport on an opened database does so: what the others find may be the first one's.
+        """
+        if self._database.dialect == "sqlite" and self._database not in _TAKEN_OVER:
+            _TAKEN_OVER.add(self._database)
             async with self._database.transaction() as tx:
                 held = update(messages).where(messages.c.lease.is_not(None))
-                await tx.execute(held.values(lease=None, due_us=self._clock.now_us()))
+                await tx.execute(held.values(lease=None, due_us=self._clock.now_us(), crashes=messages.c.crashes + 1))
+                await self._lifetimes.forget_all(tx)
+        self._lifetimes.start()
+        self._expiry.start()
 
     async def close(self) -> None:
-        """Nothing of its own to give back: database, group commit and notifier belong to who made them."""
+        """Remove the queues of this instance; database, group commit and notifier belong to who made them."""
+        await self._expiry.stop()
+        await self._lifetimes.stop()
 
     async def declare(self, topology: Topology) -> None:
+        topology.refuse_unless(self._features.name, self._features.declares)
         async with self._database.transaction() as tx:
-            await routing.declare(tx, topology)
+            await routing.declare(tx, topology, self._instance, self._clock.now_us())
+
+    async def check(self, topology: Topology) -> None:
+        async with self._database.read() as tx:
+            routing.check(await routing.known_to(tx), topology, passive=True)
+
+    async def topology(self) -> Topology:
+        async with self._database.read() as tx:
+            return (await routing.known_to(tx)).topology()
 
     async def publish(self, batch: Sequence[Outgoing]) -> list[PublishError | None]:
         try:
             return await self._group.submit(self._publish_batches, batch)
         except OutcomeUnknown as error:
             return [PublishUnconfirmed(error.detail) for _ in batch]
+        except InvalidInput:
+            raise  # asked from within a transaction that this would have to wait for
         except HoldfastError as error:
             return [PublishRejected(error.detail) for _ in batch]
 
     async def publish_in(self, tx: Tx, batch: Sequence[Outgoing]) -> list[PublishError | None]:
         """Route and write messages within `tx`; a refused one writes nothing."""
-        now_us = self._clock.now_us()
         outcomes: list[PublishError | None] = []
-        rows: list[dict[str, object]] = []
+        sent: list[tuple[Outgoing, Sequence[Queue]]] = []
         for outgoing in batch:
             try:
                 _refuse_unstorable(outgoing)
                 reached = await routing.queues_for(tx, outgoing.message)
+                await self._writer.room_for(tx, reached)
             except PublishRejected as error:
                 outcomes.append(error)
                 continue
             if not reached and outgoing.mandatory:
                 outcomes.append(_no_route(outgoing))
                 continue
-            due_us = now_us + outgoing.delay_ms * US_PER_MS
-            rows += [self._row(outgoing, queue, due_us) for queue in reached]
+            sent.append((outgoing, reached))
             outcomes.append(None)
-        if rows:
-            await _INSERT.many(tx, rows)
-            dues = {(str(row["queue"]), int(str(row["due_us"]))) for row in rows}
-            tx.on_commit(lambda: self._tell(dues))
+        await self._writer.write(tx, sent)
         stored = (outgoing for outgoing, outcome in zip(batch, outcomes, strict=True) if outcome is None)
         for exchange, count in Counter(outgoing.message.exchange for outgoing in stored).items():
             tx.on_commit(partial(observe.messages_published.labels(exchange).inc, count))
@@ -146,9 +173,12 @@ class SqlTransport:
             ids=self._ids,
             wakeups=self._wakeups,
             tell=self._tell,
+            writer=self._writer,
+            lifetimes=self._lifetimes,
             prefetch=prefetch,
             lease_us=self._settings.lease_ms * US_PER_MS,
             poll_us=self._settings.poll_ms * US_PER_MS,
+            crashes_max=self._settings.crashes_max,
         )
 
     def tell(self, dues: set[tuple[str, int]]) -> None:
@@ -177,27 +207,6 @@ class SqlTransport:
         together = [outgoing for batch in batches for outgoing in batch]
         outcomes = iter(await self.publish_in(tx, together))
         return [[next(outcomes) for _ in batch] for batch in batches]
-
-    def _row(self, outgoing: Outgoing, queue: str, due_us: int) -> dict[str, object]:
-        message = outgoing.message
-        return {
-            "id": self._ids.next(),
-            "queue": queue,
-            "due_us": due_us,
-            "ready_us": due_us,
-            "lease": None,
-            "attempt": 1,
-            "deliveries": 0,
-            "cancel_key": outgoing.cancel_key,
-            "message_id": message.message_id,
-            "exchange": message.exchange,
-            "routing_key": message.routing_key,
-            "type": message.type,
-            "content_type": message.content_type,
-            "headers": msgspec.json.encode(message.headers).decode(),
-            "body": message.body,
-            "published_us": message.timestamp_us,
-        }
 
     def _tell(self, dues: set[tuple[str, int]]) -> None:
         self._wakeups.tell(dues)

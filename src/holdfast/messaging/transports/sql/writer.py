@@ -1,0 +1,227 @@
+"""Writes messages into queues: their rows, their expiry, the limits of queues, and where dead letters go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import BigInteger, Executable, bindparam, delete, func, select
+
+from holdfast import observe
+from holdfast.clock import US_PER_MS, Clock
+from holdfast.db.database import Dialect, Tx
+from holdfast.db.prepared import Prepared, among, insert_all
+from holdfast.errors import PublishRejected
+from holdfast.ids import IdSource
+from holdfast.messaging.dead_letters import Reason, deaths, goes_in_circles, with_death
+from holdfast.messaging.message import HEADER_PARKED_ID, Outgoing
+from holdfast.messaging.tables import messages, queues
+from holdfast.messaging.topology import Queue
+from holdfast.messaging.transports.sql import parking, routing
+
+EXPIRY = "amq.expiry"  # whoever waits for messages to expire hears of them under this name, which no queue can have
+
+log = observe.logger("sql_transport")
+
+_INSERT = insert_all(messages)
+_DELETE = Prepared(lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")))
+_LOCK = Prepared(lambda _: select(queues.c.name).where(queues.c.name == bindparam("of_queue")).with_for_update())
+
+
+def _ready(*columns: Any) -> Any:
+    return select(*columns).where(
+        messages.c.queue == bindparam("of_queue"),
+        messages.c.due_us <= bindparam("now_us"),
+        messages.c.lease.is_(None),
+    )
+
+
+def _oldest(_: Dialect) -> Executable:
+    ready: Executable = (
+        _ready(*messages.columns)
+        .order_by(messages.c.due_us, messages.c.id)
+        .limit(bindparam("so_many", type_=BigInteger))
+        .with_for_update(skip_locked=True)
+    )
+    return ready
+
+
+_LENGTH = Prepared(lambda _: _ready(func.count().label("length")))
+_OLDEST = Prepared(_oldest)
+
+
+class Writer:
+    """What publishes, dead-letters and parks, always within the caller's transaction."""
+
+    def __init__(self, clock: Clock, ids: IdSource, tell: Callable[[set[tuple[str, int]]], None]) -> None:
+        self._clock = clock
+        self._ids = ids
+        self._tell = tell
+
+    async def room_for(self, tx: Tx, reached: Sequence[Queue]) -> None:
+        """Count one more message for the queues that refuse when full; raises `PublishRejected` and counts none."""
+        limited = [queue for queue in reached if queue.max_length is not None and queue.overflow == "reject-publish"]
+        for queue in limited:
+            if await self._length(tx, queue) >= (queue.max_length or 0):
+                raise PublishRejected(
+                    f"queue {queue.name!r} is full: it has {queue.max_length} messages and overflow=reject-publish"
+                )
+        for queue in limited:
+            tx.memo["length", queue.name] += 1
+
+    async def write(self, tx: Tx, sent: Iterable[tuple[Outgoing, Sequence[Queue]]]) -> None:
+        """Store messages in the queues they reach, and push the oldest out of those that are too long."""
+        now_us = self._clock.now_us()
+        rows = [self._row(outgoing, queue, now_us) for outgoing, reached in sent for queue in reached]
+        limits = {queue.name: queue for _, reached in sent for queue in reached if _drops(queue)}
+        await self._insert(tx, rows)
+        await self._trim(tx, limits)
+
+    async def bury(self, tx: Tx, rows: Sequence[Any], reason: Reason, told: str = "") -> None:
+        """Take rows of `messages` out of their queues: to the dead-letter exchange, or where there is none out.
+
+        A rejected message without one is parked, and so is every dead letter that no queue takes: it was accepted, and
+        nobody said that it may be lost. What goes in circles by itself is dropped, as RabbitMQ does.
+        """
+        known = await routing.known_to(tx)
+        now_us = self._clock.now_us()
+        again: list[dict[str, object]] = []
+        limits: dict[str, Queue] = {}
+        for row in rows:
+            queue = known.queues.get(row.queue) or Queue(name=row.queue)
+            headers = msgspec.json.decode(row.headers, type=dict[str, str])
+            if queue.dead_letter_exchange is None:
+                if reason == "rejected":
+                    await self.park(tx, row, told or "rejected, and its queue has no dead-letter exchange")
+                elif HEADER_PARKED_ID in headers:
+                    await parking.moved_on(tx, row.id, headers, now_us, self._ids)
+                continue
+            reached = self._targets(known, queue, row)
+            if isinstance(reached, str):
+                await self.park(tx, row, f"{reason}, and its dead letter was not taken: {reached}")
+                continue
+            if HEADER_PARKED_ID in headers:
+                headers = await parking.moved_on(tx, row.id, headers, now_us, self._ids)
+            headers = with_death(
+                headers,
+                queue=row.queue,
+                reason=reason,
+                exchange=row.exchange,
+                routing_key=row.routing_key,
+                now_us=now_us,
+            )
+            history = deaths(headers)
+            for target in reached:
+                if goes_in_circles(history, target.name):
+                    log.warning("dead_letter_in_circles", queue=target.name, message_id=row.message_id)
+                    continue
+                again.append(self._again(row, queue, target, headers, now_us))
+                if _drops(target):
+                    limits[target.name] = target
+        if rows:
+            await _DELETE.rows(tx, row_ids=[row.id for row in rows])
+            tx.on_commit(lambda: observe.messages_dead.labels(reason).inc(len(rows)))
+        await self._insert(tx, again)
+        await self._trim(tx, limits)
+
+    async def park(self, tx: Tx, row: Any, reason: str) -> None:
+        """Copy a row to the error store; the caller deletes it."""
+        await parking.park(tx, row, reason, self._clock.now_us(), self._ids)
+        log.warning(
+            "message_parked", queue=row.queue, message_id=row.message_id, type=row.type[:80], reason=reason[:300]
+        )
+
+    def _targets(self, known: routing.Known, queue: Queue, row: Any) -> Sequence[Queue] | str:
+        exchange = queue.dead_letter_exchange or ""
+        key = row.routing_key if queue.dead_letter_routing_key is None else queue.dead_letter_routing_key
+        try:
+            reached = known.route(exchange, key)
+        except PublishRejected as error:
+            return error.detail
+        return reached or f"no queue takes key {key!r} of exchange {exchange!r}"
+
+    async def _insert(self, tx: Tx, rows: Sequence[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        await _INSERT.many(tx, rows)
+        dues = {(row["queue"], row["due_us"]) for row in rows}
+        dues |= {(EXPIRY, row["expires_us"]) for row in rows if row["expires_us"] is not None}
+        tx.on_commit(lambda: self._tell(dues))
+
+    async def _trim(self, tx: Tx, limits: dict[str, Queue]) -> None:
+        for queue in limits.values():
+            tx.memo.pop(("length", queue.name), None)
+            surplus = await self._length(tx, queue) - (queue.max_length or 0)
+            if surplus > 0:
+                oldest = await _OLDEST.rows(tx, of_queue=queue.name, now_us=self._clock.now_us(), so_many=surplus)
+                await self.bury(tx, oldest, "maxlen")
+
+    async def _length(self, tx: Tx, queue: Queue) -> int:
+        """How many messages are ready; the queue's row stays locked, so that no neighbour counts the same room."""
+        key = ("length", queue.name)
+        if key not in tx.memo:
+            if tx.dialect == "postgresql":
+                await _LOCK.rows(tx, of_queue=queue.name)
+            (row,) = await _LENGTH.rows(tx, of_queue=queue.name, now_us=self._clock.now_us())
+            tx.memo[key] = row.length
+        length: int = tx.memo[key]
+        return length
+
+    def _row(self, outgoing: Outgoing, queue: Queue, now_us: int) -> dict[str, Any]:
+        message = outgoing.message
+        due_us = now_us + outgoing.delay_ms * US_PER_MS
+        return {
+            "id": self._ids.next(),
+            "queue": queue.name,
+            "due_us": due_us,
+            "ready_us": due_us,
+            "lease": None,
+            "attempt": 1,
+            "deliveries": 0,
+            "crashes": 0,
+            "cancel_key": outgoing.cancel_key,
+            "expires_us": _expiry(due_us, outgoing.expires_ms, queue.message_ttl_ms),
+            "message_id": message.message_id,
+            "exchange": message.exchange,
+            "routing_key": message.routing_key,
+            "type": message.type,
+            "content_type": message.content_type,
+            "headers": msgspec.json.encode(message.headers).decode(),
+            "body": message.body,
+            "published_us": message.timestamp_us,
+        }
+
+    def _again(self, row: Any, queue: Queue, target: Queue, headers: dict[str, str], now_us: int) -> dict[str, Any]:
+        """The dead letter's row; what a publisher said about its expiry is over with its first death."""
+        key = row.routing_key if queue.dead_letter_routing_key is None else queue.dead_letter_routing_key
+        return {
+            "id": self._ids.next(),
+            "queue": target.name,
+            "due_us": now_us,
+            "ready_us": now_us,
+            "lease": None,
+            "attempt": 1,
+            "deliveries": 0,
+            "crashes": 0,
+            "cancel_key": None,
+            "expires_us": _expiry(now_us, None, target.message_ttl_ms),
+            "message_id": row.message_id,
+            "exchange": queue.dead_letter_exchange,
+            "routing_key": key,
+            "type": row.type,
+            "content_type": row.content_type,
+            "headers": msgspec.json.encode(headers).decode(),
+            "body": row.body,
+            "published_us": row.published_us,
+        }
+
+
+def _drops(queue: Queue) -> bool:
+    return queue.max_length is not None and queue.overflow == "drop-head"
+
+
+def _expiry(due_us: int, *ttls_ms: int | None) -> int | None:
+    """The time to live counts from when the message is due; of the message's and the queue's the shorter one."""
+    given = [ttl_ms for ttl_ms in ttls_ms if ttl_ms is not None]
+    return due_us + min(given) * US_PER_MS if given else None
