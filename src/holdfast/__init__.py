@@ -4,6 +4,7 @@ from holdfast.db.connect import connect
 from holdfast.db.database import Database, Tx
 from holdfast.db.migrate import migrate
 from holdfast.errors import HoldfastError, PublishRejected, PublishUnconfirmed, Unroutable
+from holdfast.messaging.enlist import ConnectionInbox, ConnectionOutbox
 from holdfast.messaging.listener import Incoming, Listen
 from holdfast.messaging.outbox import Draft, Outbox
 from holdfast.messaging.publisher import Publisher
@@ -16,6 +17,8 @@ from holdfast.settings import DatabaseSettings, MessagingSettings
 __all__ = [
     "HISTORY",
     "Binding",
+    "ConnectionInbox",
+    "ConnectionOutbox",
     "Database",
     "DatabaseSettings",
     "Draft",

@@ -131,7 +131,7 @@ async def test_each_message_of_a_batch_has_its_own_outcome(start_system: StartSy
         note(system, "last"),
     ]
     outcomes = await system.transport.publish(batch)
-    assert [type(each) for each in outcomes] == [type(None), Unroutable, PublishRejected, type(None)]
+    assert [type(each) for each in outcomes] == [type(None), Unroutable, NoSuchExchange, type(None)]
     async with system.transport.subscribe(QUEUE, prefetch=10) as subscription:
         assert texts(await take(subscription, 2)) == ["first", "last"]
 

@@ -42,6 +42,7 @@ def test_only_what_may_help_is_tried_again() -> None:
         "overloaded",
         "shutting_down",
         "outcome_unknown",
+        "handler_timeout",
         "publish_rejected",
         "publish_unconfirmed",
     }

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.clock import US_PER_MS, US_PER_S, ManualClock
-from holdfast.ids import EPOCH_MS, ID_MAX, NODE_BITS, SEQUENCE_BITS, IdSource
+from holdfast.clock import US_PER_MS, US_PER_S, ManualClock, SystemClock
+from holdfast.ids import EPOCH_MS, ID_MAX, NODE_BITS, SEQUENCE_BITS, IdSource, SharedIdSource
 from tests.unit.given import steady
 
 START_US = EPOCH_MS * US_PER_MS
@@ -70,3 +71,23 @@ def test_message_ids_are_unique_although_node_and_instant_are_the_same() -> None
     ids = [IdSource(clock, node=1).message_id() for _ in range(1_000)]
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch(r"[0-9a-f]{32}", each) for each in ids)
+
+
+def test_a_shared_source_grows_within_a_millisecond_and_after_the_wall_clock_stepped_back() -> None:
+    clock = ManualClock(START_US + 60 * US_PER_S)
+    source = SharedIdSource(clock)
+    ids = [source.next() for _ in range(5_000)]
+    assert ids == sorted(set(ids))
+    assert ids[0] >> (SEQUENCE_BITS + NODE_BITS) == 60_000
+    clock.jump_wall(-10)
+    assert source.next() > ids[-1]
+    clock.advance(20)
+    assert source.next() >> (SEQUENCE_BITS + NODE_BITS) == 70_000
+
+
+def test_a_shared_source_serves_threads() -> None:
+    source = SharedIdSource(SystemClock())
+    with ThreadPoolExecutor(4) as pool:
+        given = list(pool.map(lambda _: [source.next() for _ in range(5_000)], range(4)))
+    assert all(ids == sorted(ids) for ids in given)
+    assert len({each for ids in given for each in ids}) == 20_000

@@ -30,6 +30,8 @@ _INTEGRITY_CLASS = "23"
 _AWAY_CLASSES = ("08", "53", "57", "58")
 _AWAY_CODES = {"55P03", "25006"}
 
+_DRIVERS = ("asyncpg.", "psycopg")
+
 _SQLITE_AWAY = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -53,7 +55,7 @@ def translate(error: Exception) -> Exception:
         return _caused(Unavailable("the database cannot be reached"), error)
     if isinstance(error, exc.DBAPIError):
         return _caused(_from_driver(error, error.orig, error.connection_invalidated), error)
-    if isinstance(error, sqlite3.Error) or type(error).__module__.startswith("asyncpg."):
+    if isinstance(error, sqlite3.Error) or type(error).__module__.startswith(_DRIVERS):
         return _caused(_from_driver(error, error, False), error)
     return error
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from sqlalchemy import CursorResult, Executable
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -26,6 +26,9 @@ log = observe.logger("db")
 
 class Tx:
     """One open transaction; valid only inside the block that opened it."""
+
+    takes_text: ClassVar[bool] = True  # `Prepared` may hand its text to the driver, not only its statement to `execute`
+    deferred = False  # on SQLite: it is open and may not hold the write lock yet
 
     def __init__(self, connection: AsyncConnection, dialect: Dialect) -> None:
         self.connection = connection
@@ -85,7 +88,7 @@ class Tx:
         try:
             if self.dialect == "sqlite":
                 # The statement runs in a thread that cannot be stopped; leaving it behind would lose the connection.
-                return await outlast(_awaited(statement))
+                return await outlast(awaited(statement))
             return await statement
         except Exception as error:
             self.void = translate(error)
@@ -98,7 +101,12 @@ class Tx:
 
     def committed(self) -> None:
         """Run the callbacks; called by the database after COMMIT."""
-        for callback in self._after_commit:
+        self.call_back(self._after_commit)
+
+    @staticmethod
+    def call_back(callbacks: Sequence[Callable[[], None]]) -> None:
+        """Run callbacks of a commit, each whatever became of those before it."""
+        for callback in callbacks:
             try:
                 callback()
             except Exception:
@@ -180,5 +188,5 @@ async def _quietly(rollback: Callable[[], Awaitable[None]]) -> None:
         log.warning("rollback_failed", error=str(translate(error))[:300])  # the connection is discarded by its pool
 
 
-async def _awaited(work: Awaitable[T]) -> T:
+async def awaited(work: Awaitable[T]) -> T:
     return await work

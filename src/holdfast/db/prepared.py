@@ -26,6 +26,7 @@ _COMPILERS = {"postgresql": asyncpg_dialect, "sqlite": aiosqlite_dialect}
 
 
 class _Compiled(NamedTuple):
+    statement: Executable
     text: str
     names: tuple[str, ...]  # parameters in the driver's order
     defaults: Mapping[str, Any]  # values that are part of the statement
@@ -47,24 +48,33 @@ class Prepared:
     async def rows(self, tx: Tx, **values: Any) -> list[Any]:
         """Run it once and fetch all rows."""
         compiled = self._compile(tx.dialect)
-        found = await tx.fetch(compiled.text, _arguments(compiled, tx.dialect, values))
+        if tx.takes_text:
+            found = await tx.fetch(compiled.text, _arguments(compiled, tx.dialect, values))
+        else:
+            named = {name: _encoded(value, tx.dialect) for name, value in values.items()}
+            found = (await tx.execute(compiled.statement, named)).all()
         return [compiled.row(each) for each in found]
 
     async def many(self, tx: Tx, rows: Collection[Mapping[str, Any]]) -> None:
         """Run it for each set of parameters; nothing is fetched."""
         if rows:
             compiled = self._compile(tx.dialect)
-            await tx.run_many(compiled.text, [compiled.pick(row) for row in rows])
+            if tx.takes_text:
+                await tx.run_many(compiled.text, [compiled.pick(row) for row in rows])
+            else:
+                await tx.execute(compiled.statement, list(rows))
 
     def _compile(self, dialect: Dialect) -> _Compiled:
         if dialect not in self._compiled:
-            compiled = self._build(dialect).compile(dialect=_COMPILERS[dialect]())  # type: ignore[attr-defined]
+            statement = self._build(dialect)
+            compiled = statement.compile(dialect=_COMPILERS[dialect]())  # type: ignore[attr-defined]
             assert isinstance(compiled, SQLCompiler)
             names = tuple(compiled.positiontup or ())
             defaults = {name: value for name, value in compiled.params.items() if value is not None}
             columns = [entry.keyname for entry in compiled._result_columns]
             row = namedtuple("Row", columns, rename=True)  # type: ignore[misc]  # named at run time
-            self._compiled[dialect] = _Compiled(str(compiled), names, defaults, row._make, _picker(names, defaults))
+            pick = _picker(names, defaults)
+            self._compiled[dialect] = _Compiled(statement, str(compiled), names, defaults, row._make, pick)
         return self._compiled[dialect]
 
 

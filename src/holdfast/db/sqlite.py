@@ -149,16 +149,36 @@ def _take_lock(path: str) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.seek(0)
-        holder = lock.read(32).strip() or "unknown"
+        holder = lock.read(32).strip()
         lock.close()
-        raise DatabaseInUse(
-            f"process {holder} writes {path} already; SQLite means one process (API and workers together): "
-            "stop that one, or move to PostgreSQL for more"
-        ) from error
+        raise _in_use(path, holder) from error
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def refuse_other_process(path: str) -> None:
+    """Raise `DatabaseInUse` when a process of ours other than this one writes the file."""
+    try:
+        lock = open(f"{path}.lock", encoding="utf-8")  # noqa: SIM115  # closed below
+    except OSError:
+        return  # in memory, or never opened by us
+    with lock:
+        holder = lock.read(32).strip()
+        if holder == str(os.getpid()):
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            raise _in_use(path, holder) from error
+
+
+def _in_use(path: str, holder: str) -> DatabaseInUse:
+    return DatabaseInUse(
+        f"process {holder or 'unknown'} writes {path} already; SQLite means one process (API and workers together): "
+        "stop that one, or move to PostgreSQL for more"
+    )
 
 
 def _writer_engine(path: str) -> AsyncEngine:

@@ -15,8 +15,8 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.db.prepared import Prepared
 from holdfast.errors import HoldfastError, ShuttingDown
 from holdfast.messaging.tables import messages
+from holdfast.messaging.transports.sql.rows import EXPIRY, QueueRows
 from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
-from holdfast.messaging.transports.sql.writer import EXPIRY, Writer
 
 BATCH = 200
 AWAY_S = 1.0
@@ -52,12 +52,12 @@ class _Swept(msgspec.Struct, frozen=True):
 class Expiry:
     """One task for each instance; several share the work, each message goes once."""
 
-    def __init__(self, group: GroupCommit, clock: Clock, *, wakeups: Wakeups, writer: Writer, poll_us: int) -> None:
+    def __init__(self, group: GroupCommit, clock: Clock, *, wakeups: Wakeups, rows: QueueRows, poll_us: int) -> None:
         self._group = group
         self._clock = clock
         self._wakeups = wakeups
         self._waiter = Waiter(clock)
-        self._writer = writer
+        self._rows = rows
         self._poll_us = poll_us
         self._task: asyncio.Task[None] | None = None
 
@@ -94,6 +94,6 @@ class Expiry:
     async def _sweep_once(self, tx: Tx, limit: int) -> _Swept:
         now_us = self._clock.now_us()
         rows = await _EXPIRED.rows(tx, now_us=now_us, so_many=limit)
-        await self._writer.bury(tx, rows, "expired")
+        await self._rows.bury(tx, rows, "expired")
         (after,) = await _NEXT.rows(tx, now_us=now_us)
         return _Swept(len(rows), after.expires_us)

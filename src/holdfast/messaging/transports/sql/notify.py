@@ -14,9 +14,8 @@ from sqlalchemy import URL
 
 from holdfast import observe
 from holdfast.clock import Clock
-from holdfast.messaging.transports.sql.wakeups import Wakeups
+from holdfast.messaging.transports.sql.wakeups import CHANNEL, Wakeups, hint
 
-CHANNEL = "holdfast_queue"
 RECONNECT_S = 1.0
 
 log = observe.logger("notify")
@@ -29,7 +28,7 @@ class Notifier:
         self._dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._wakeups = wakeups
         self._clock = clock
-        self._instance = str(instance)
+        self._instance = instance
         self._pending: dict[str, int] = {}
         self._stirred = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -65,7 +64,7 @@ class Notifier:
                 self._stirred.clear()
                 pending, self._pending = self._pending, {}
                 for queue, due_us in pending.items():
-                    payload = f"{self._instance} {due_us} {queue}"
+                    payload = hint(self._instance, due_us, queue)
                     await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
         finally:
             connection.terminate()
@@ -73,5 +72,5 @@ class Notifier:
     def _heard(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
         instance, _, rest = payload.partition(" ")
         due_us, _, queue = rest.partition(" ")
-        if instance != self._instance and due_us.isdigit():
+        if instance != str(self._instance) and due_us.isdigit():
             self._wakeups.tell([(queue, int(due_us))])

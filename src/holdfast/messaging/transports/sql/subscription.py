@@ -23,8 +23,8 @@ from holdfast.messaging.tables import messages, queues
 from holdfast.messaging.topology import Queue
 from holdfast.messaging.transports.sql import parking
 from holdfast.messaging.transports.sql.lifetimes import Lifetimes
+from holdfast.messaging.transports.sql.rows import QueueRows
 from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
-from holdfast.messaging.transports.sql.writer import Writer
 
 SUSPECT_CRASHES = 2
 SUSPECT_WAIT_US = US_PER_S
@@ -158,7 +158,7 @@ class SqlSubscription:
         ids: IdSource,
         wakeups: Wakeups,
         tell: Callable[[set[tuple[str, int]]], None],
-        writer: Writer,
+        rows: QueueRows,
         lifetimes: Lifetimes,
         prefetch: int,
         lease_us: int,
@@ -171,7 +171,7 @@ class SqlSubscription:
         self._ids = ids
         self._wakeups = wakeups
         self._tell = tell
-        self._writer = writer
+        self._rows = rows
         self._lifetimes = lifetimes
         self._declared: Queue | None = None
         self._consumer = ids.next()  # by which a single active consumer is known
@@ -282,7 +282,7 @@ class SqlSubscription:
                 kept.append(row)
             elif row.crashes >= self._crashes_max:
                 (whole,) = (await tx.execute(select(*messages.columns).where(messages.c.id == row.id))).all()
-                await self._writer.park(tx, whole, CRASH_LOOP.format(row.crashes))
+                await self._rows.park(tx, whole, CRASH_LOOP.format(row.crashes))
                 await _DELETE.rows(tx, row_ids=[row.id])
             elif alone:
                 alone = False
@@ -346,12 +346,12 @@ class SqlSubscription:
 
     async def _reject(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
         for settlement in rejected:
-            await self._writer.bury(tx, await _held(tx, settlement), "rejected", settlement.reason)
+            await self._rows.bury(tx, await _held(tx, settlement), "rejected", settlement.reason)
 
     async def _park(self, tx: Tx, given_up: Sequence[Settlement]) -> None:
         for settlement in given_up:
             for row in await _held(tx, settlement):
-                await self._writer.park(tx, row, settlement.reason)
+                await self._rows.park(tx, row, settlement.reason)
                 await _DELETE.rows(tx, row_ids=[row.id])
 
     async def _put_back(self, tx: Tx, again: Sequence[Settlement]) -> None:

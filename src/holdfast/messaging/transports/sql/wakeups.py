@@ -7,6 +7,13 @@ from collections.abc import Iterable
 
 from holdfast.clock import Clock
 
+CHANNEL = "holdfast_queue"  # of LISTEN and NOTIFY
+
+
+def hint(instance: int, due_us: int, queue: str) -> str:
+    """The payload of a NOTIFY by that instance: something is due in the queue at that instant."""
+    return f"{instance} {due_us} {queue}"
+
 
 class Waiter:
     """One subscription's ear: it sleeps until a message of its queue is due, or for a while."""

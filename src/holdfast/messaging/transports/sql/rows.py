@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +19,8 @@ from holdfast.messaging.message import HEADER_PARKED_ID, Outgoing
 from holdfast.messaging.tables import messages, queues
 from holdfast.messaging.topology import Queue
 from holdfast.messaging.transports.sql import parking, routing
+
+Dues = set[tuple[str, int]]  # (queue, instant)
 
 EXPIRY = "amq.expiry"  # whoever waits for messages to expire hears of them under this name, which no queue can have
 
@@ -51,10 +53,10 @@ _LENGTH = Prepared(lambda _: _ready(func.count().label("length")))
 _OLDEST = Prepared(_oldest)
 
 
-class Writer:
+class QueueRows:
     """What publishes, dead-letters and parks, always within the caller's transaction."""
 
-    def __init__(self, clock: Clock, ids: IdSource, tell: Callable[[set[tuple[str, int]]], None]) -> None:
+    def __init__(self, clock: Clock, ids: IdSource, tell: Callable[[Dues], None]) -> None:
         self._clock = clock
         self._ids = ids
         self._tell = tell
@@ -70,13 +72,17 @@ class Writer:
         for queue in limited:
             tx.memo["length", queue.name] += 1
 
-    async def write(self, tx: Tx, sent: Iterable[tuple[Outgoing, Sequence[Queue]]]) -> None:
-        """Store messages in the queues they reach, and push the oldest out of those that are too long."""
+    async def write(self, tx: Tx, sent: Sequence[tuple[Outgoing, Sequence[Queue]]]) -> Dues:
+        """Store messages in the queues they reach, and push the oldest out of those that are too long.
+
+        Answers which queue has something when.
+        """
         now_us = self._clock.now_us()
         rows = [self._row(outgoing, queue, now_us) for outgoing, reached in sent for queue in reached]
         limits = {queue.name: queue for _, reached in sent for queue in reached if _drops(queue)}
-        await self._insert(tx, rows)
+        dues = await self._insert(tx, rows)
         await self._trim(tx, limits)
+        return dues
 
     async def bury(self, tx: Tx, rows: Sequence[Any], reason: Reason, told: str = "") -> None:
         """Take rows of `messages` out of their queues: to the dead-letter exchange, or where there is none out.
@@ -141,13 +147,14 @@ class Writer:
             return error.detail
         return reached or f"no queue takes key {key!r} of exchange {exchange!r}"
 
-    async def _insert(self, tx: Tx, rows: Sequence[dict[str, Any]]) -> None:
+    async def _insert(self, tx: Tx, rows: Sequence[dict[str, Any]]) -> Dues:
         if not rows:
-            return
+            return set()
         await _INSERT.many(tx, rows)
         dues = {(row["queue"], row["due_us"]) for row in rows}
         dues |= {(EXPIRY, row["expires_us"]) for row in rows if row["expires_us"] is not None}
         tx.on_commit(lambda: self._tell(dues))
+        return dues
 
     async def _trim(self, tx: Tx, limits: dict[str, Queue]) -> None:
         for queue in limits.values():
