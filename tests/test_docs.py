@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -43,13 +45,20 @@ def test_every_setting_stands_on_its_page_with_its_default() -> None:
     assert text.count("| `HOLDFAST_") == len(wanted)
 
 
+def commands(group: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every command below a group, by its whole name."""
+    for each, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{name} {each}")
+        else:
+            yield f"{name} {each}", command
+
+
 def test_every_command_and_option_stands_on_its_page() -> None:
     text = page("operations.md")
-    group = typer.main.get_command(app)
     missing = []
-    for name, command in group.commands.items():  # type: ignore[attr-defined]  # a click group
-        names = [f"holdfast {name}"]
-        names += [option for each in command.params for option in each.opts if option.startswith("--")]
+    for name, command in commands(typer.main.get_command(app), "holdfast"):
+        names = [name, *(option for each in command.params for option in each.opts if option.startswith("--"))]
         missing += [each for each in names if each not in text and each not in ("--work", "--as-json", "--help")]
     assert missing == []
 

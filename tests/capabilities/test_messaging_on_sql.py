@@ -81,6 +81,52 @@ async def test_H11_ack_modes_none_manual_auto(start_system: StartSystem) -> None
     assert kept.attempt == 3
 
 
+async def test_H16_human_replay_of_parked_messages(start_system: StartSystem) -> None:  # noqa: N802
+    """List, inspect, discard, replay; after the fix the effect happens once, and the audit says who did what."""
+    system = await office(start_system)
+    ledger = await Ledger.of(system)
+    store = system.messaging.error_store
+    broken = True
+
+    async def effect(tx: Tx, notes: Sequence[Note]) -> None:
+        await ledger.write(tx, notes)
+        if broken:
+            raise ZeroDivisionError
+
+    system.listen(effectively(effect))
+    await send(system, "keep", "drop")
+    await parks(system, 2)
+
+    (group,) = await store.groups()
+    assert (group.queue, group.error, group.type, group.parked) == (QUEUE, "ZeroDivisionError", "test.note", 2)
+    shown = [await store.show(each.id) for each in await store.list(group=group.group)]
+    keep, drop = sorted(shown, key=lambda each: each.body, reverse=True)
+    assert (keep.body, drop.body) == (b'{"text":"keep"}', b'{"text":"drop"}')
+    assert "ZeroDivisionError" in keep.error_headers["x-exception-stacktrace"]
+    assert (await store.discard([drop.id], actor="ann", reason="a test")).count == 1
+
+    assert (await store.replay(group=group.group, actor="ann")).ids == (keep.id,)  # too early: it fails again
+
+    async def failed_again() -> bool:
+        return (await store.show(keep.id)).loops == 1
+
+    await eventually(failed_again, "the replay came back")
+    broken = False
+    outcomes = await asyncio.gather(*(store.replay([keep.id], actor=name) for name in ("ann", "bob")))
+    assert sum(outcome.count for outcome in outcomes) == 1
+
+    async def handled() -> bool:
+        return (await store.show(keep.id)).state == "done"
+
+    await eventually(handled, "the replay was handled")
+    assert await ledger.entries() == ["keep"]
+    assert await counts(system) == (0, 0, 0)
+    audit = (await store.show(keep.id)).audit
+    assert [each.action for each in audit] == ["replay", "failed again", "replay", "done"]
+    assert {each.actor for each in audit if each.action == "replay"} <= {"ann", "bob"}
+    assert [(each.actor, each.reason) for each in (await store.show(drop.id)).audit] == [("ann", "a test")]
+
+
 async def test_H17_unique_message_id(start_system: StartSystem) -> None:  # noqa: N802
     """Every message has an id; delivered twice, with an error between business and ack: one effect."""
     system = await office(start_system)

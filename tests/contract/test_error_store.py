@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import delete, select
 
@@ -16,8 +17,11 @@ from holdfast.errors import Conflict, InvalidInput
 from holdfast.messaging.error_store import CHUNK, ErrorStore
 from holdfast.messaging.listener import Incoming
 from holdfast.messaging.message import HEADER_PARKED_ID, Delivery, ack, reject, retry
+from holdfast.messaging.message import park as park_it
+from holdfast.messaging.outbox import Draft
 from holdfast.messaging.parked import Outcome, ParkedSummary
-from holdfast.messaging.tables import messages
+from holdfast.messaging.recover import DeadLetter, Republish, error_topology
+from holdfast.messaging.tables import bindings, messages, queues
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology
 from holdfast.settings import Settings
 from tests.conftest import StartSystem, eventually
@@ -104,6 +108,13 @@ async def state(system: System, parked_id: int) -> tuple[str, int]:
     return shown.state, shown.loops
 
 
+async def becomes(system: System, parked_id: int, wanted: str) -> None:
+    async def reached() -> bool:
+        return (await state(system, parked_id))[0] == wanted
+
+    await eventually(reached, f"message {parked_id} is {wanted}")
+
+
 async def actions(system: System, parked_id: int) -> list[tuple[str, str]]:
     """What was done with a message, and by whom."""
     return [(each.actor, each.action) for each in (await store_of(system).show(parked_id)).audit]
@@ -137,6 +148,33 @@ async def test_failures_of_one_cause_are_one_group(start_system: StartSystem) ->
     assert {each.error for each in rows} == {"ValueError"}
     assert (first.first_us, first.last_us) == (min(r.parked_us for r in rows), max(r.failed_us for r in rows))
     assert first.first_us <= system.clock.now_us()
+
+
+async def test_failures_of_an_effect_are_grouped_by_the_place_they_come_from(start_system: StartSystem) -> None:
+    """Although they reach the listener by way of a transaction that was shared, and then split, among many."""
+    system = await office(start_system)
+
+    async def here(text: str) -> None:
+        raise ValueError(f"no room for {text}")
+
+    async def there(text: str) -> None:
+        raise ValueError(f"no room for {text}")
+
+    async def effect(_: Tx, notes: Sequence[Note]) -> None:
+        for each in notes:
+            await (here if each.text.startswith("h") else there)(each.text)
+
+    system.listen(effectively(effect))
+    await send(system, "h1", "h2", "t1", "h3", "t2")
+    await parks(system, 5)
+    groups = await store_of(system).groups()
+    assert [(each.error, each.count) for each in groups] == [("ValueError", 3), ("ValueError", 2)]
+    for each in groups:
+        rows = await store_of(system).list(group=each.group)
+        assert len({row.reason[: len("ValueError: no room for h")] for row in rows}) == 1
+    for row in await store_of(system).list():
+        own = msgspec.json.decode((await store_of(system).show(row.id)).body, type=Note).text
+        assert {text for text in ("h1", "h2", "t1", "h3", "t2") if f"room for {text}" in row.reason} == {own}
 
 
 async def test_one_failure_in_two_queues_is_two_groups(start_system: StartSystem) -> None:
@@ -547,6 +585,99 @@ async def test_a_replay_that_left_its_queue_without_an_answer_can_be_replayed_ag
     assert await store.replay([parked_id], actor="ann") == Outcome(ids=(), left={parked_id: "pending"})
 
 
+async def test_of_many_operators_one_replays_a_message_that_was_lost(start_system: StartSystem) -> None:
+    """Its replay has left the queue: all of them see that at once, and still one message is sent."""
+    systems = [await office(start_system)]
+    if systems[0].transport.features.several_processes:
+        systems.append(await office(start_system))
+    (parked_id,) = await park(systems[0], "hopeless")
+    for _ in range(5):
+        await store_of(systems[0]).replay([parked_id], actor="ann")
+        async with systems[0].database.transaction() as tx:
+            await tx.execute(delete(messages))
+        outcomes = await asyncio.gather(
+            *(store_of(system).replay([parked_id], actor="bob") for system in systems for _ in range(6))
+        )
+        assert sum(outcome.count for outcome in outcomes) == 1
+        assert await counts(systems[0]) == (1, 0, 0)
+        async with systems[0].database.transaction() as tx:
+            await tx.execute(delete(messages))
+    assert (await audit(systems[0].database, systems[0].clock, 0)).findings[0].name == "messages.replays"
+
+
+async def test_what_a_replay_causes_does_not_carry_its_mark(start_system: StartSystem) -> None:
+    system = await office(start_system)
+    await system.transport.declare(Topology(queues=[Queue(name=BOTH)]))
+    await publish(system, [raw(note(system, "cause"), headers={"tenant": "blue"})])
+    (delivery,) = await taken(system)
+    await settle(system, reject(delivery, "no"))
+    (row,) = await everything(system)
+
+    async def effect(tx: Tx, notes: Sequence[Note]) -> None:
+        drafts = [Draft(exchange="", routing_key=BOTH, body=each, trace=tx.trace_of(each)) for each in notes]
+        await system.outbox.add_all(tx, drafts)
+
+    system.listen(effectively(effect))
+    await store_of(system).replay([row.id], actor="ann")
+
+    async with system.transport.subscribe(BOTH, prefetch=1) as subscription:
+        (caused,) = await take(subscription)
+    assert HEADER_PARKED_ID not in caused.message.headers
+    assert caused.message.headers["tenant"] == "blue"
+
+
+async def test_a_replay_that_ends_in_another_queue_is_done_here(start_system: StartSystem) -> None:
+    """As a dead letter, or republished to the error exchange; there it is a message without our mark."""
+    system = await office(start_system)
+    dead = Topology(
+        exchanges=[Exchange(name="dead", kind="fanout")],
+        queues=[Queue(name=BOTH), Queue(name="dying", dead_letter_exchange="dead")],
+        bindings=[Binding(exchange="dead", queue=BOTH, routing_key="")],
+    )
+    await system.transport.declare(dead)
+    await system.transport.declare(error_topology("notes"))
+    store = store_of(system)
+    fates = {
+        "dying": (DeadLetter(), BOTH, "dead-lettered"),
+        QUEUE: (Republish(service="notes"), "notes.error.queue", "done"),
+    }
+    for queue, (recoverer, target, action) in fates.items():
+        await publish(system, [note(system, queue, exchange="", key=queue)])
+        async with system.transport.subscribe(queue, prefetch=1) as subscription:
+            await subscription.settle([park_it(each, "look") for each in await take(subscription)])
+        (row,) = await store.list(queue)
+
+        async def fail(_: Incoming) -> None:
+            raise ZeroDivisionError
+
+        listen = plainly(fail, f"reader of {queue}", recover=recoverer)
+        system.listen(msgspec.structs.replace(listen, queue=queue))
+        await store.replay([row.id], actor="ann")
+
+        async with system.transport.subscribe(target, prefetch=1) as subscription:
+            (arrived,) = await take(subscription)
+            await subscription.settle([ack(arrived)])
+        assert arrived.message.message_id == row.message_id
+        assert HEADER_PARKED_ID not in arrived.message.headers
+        await becomes(system, row.id, "done")
+        assert [each for _, each in await actions(system, row.id)] == ["replay", action]
+    assert [each.state for each in await everything(system)] == ["done", "done"]
+
+
+async def test_nothing_is_replayed_into_a_queue_that_is_gone(start_system: StartSystem) -> None:
+    system = await office(start_system)
+    store = store_of(system)
+    (parked_id,) = await park(system, "hopeless")
+    async with system.database.transaction() as tx:
+        await tx.execute(delete(bindings))
+        await tx.execute(delete(queues))
+    for asked in ({"ids": [parked_id]}, {"queue": QUEUE}, {"everything": True}):
+        with pytest.raises(InvalidInput, match="does not exist any more"):
+            await store.replay(actor="ann", **asked)
+    assert await state(system, parked_id) == ("parked", 0)
+    assert (await store.discard([parked_id], actor="ann", reason="gone")).count == 1
+
+
 # -- edit and discard -------------------------------------------------------------------------------------------------
 
 
@@ -683,8 +814,5 @@ async def test_an_operator_beside_the_server_reaches_it_by_polling(settings: Set
         beside = ErrorStore(system.database, system.clock, system.ids)
         await beside.replay([parked_id], actor="ann")
 
-        async def settled() -> bool:
-            return await state(system, parked_id) == ("done", 0)
-
-        await eventually(settled, "the replay was handled")
+        await becomes(system, parked_id, "done")
         assert await ledger.entries() == ["again"]

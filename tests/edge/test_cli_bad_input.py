@@ -38,6 +38,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "migrate": ("migrate",),
     "verify": ("verify",),
     "token": ("token", "ann"),
+    "errors show": ("errors", "show", "1"),
+    "errors edit": ("errors", "edit", "1", "--header", "a=b"),
 }
 on_each_command = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 

@@ -135,6 +135,7 @@ class GroupCommit:
             answers = await self._decide_with_retry(batch)
         except (OutcomeUnknown, Unavailable) as error:
             _fail(batch, error)
+            return
         except BaseException as error:
             if not isinstance(error, Exception) and _stopping():
                 _fail(batch, OutcomeUnknown("the process stopped while this was decided"))
@@ -142,13 +143,15 @@ class GroupCommit:
             if len(batch) == 1:
                 _fail(batch, error.failure if isinstance(error, _OwnFailure) else error)
                 return
-            observe.batch_splits.labels(self._name).inc()
-            middle = len(batch) // 2
-            await self._settle(batch[:middle])
-            await self._settle(batch[middle:])
         else:
             for job, answer in zip(batch, answers, strict=True):
                 _give(job, answer)
+            return
+        # Out here, so that what fails next does not carry this failure, perhaps a neighbour's, as its context.
+        observe.batch_splits.labels(self._name).inc()
+        middle = len(batch) // 2
+        await self._settle(batch[:middle])
+        await self._settle(batch[middle:])
 
     async def _decide_with_retry(self, batch: list[_Job]) -> list[Any]:
         """Nothing was committed after `Conflict` or `Unavailable`, so the same batch may simply be decided again."""

@@ -1,4 +1,4 @@
-"""The command line: `holdfast serve | work | migrate | verify | token | demo`."""
+"""The command line: `holdfast serve | work | migrate | verify | errors | token | demo`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from holdfast.bootstrap import HISTORIES, migrate_all
 from holdfast.clock import SystemClock
 from holdfast.db.connect import connect
 from holdfast.db.migrate import require_current
+from holdfast.edge import errors_cli
 from holdfast.edge.report import show
 from holdfast.errors import HoldfastError, InvalidInput
 from holdfast.settings import Settings, load
@@ -32,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(errors_cli.app)
 
 
 def main() -> None:

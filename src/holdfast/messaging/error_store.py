@@ -51,7 +51,7 @@ from holdfast.messaging.parked import (
     ParkedSummary,
     State,
 )
-from holdfast.messaging.tables import messages, parked, parked_audit
+from holdfast.messaging.tables import messages, parked, parked_audit, queues
 
 LIST_MAX = 1_000
 CHUNK = 500  # messages moved by one transaction
@@ -227,6 +227,7 @@ class ErrorStore:
         chosen = operator_input.choose(ids, group, queue, everything)
         entry = {"action": "replay", **operator_input.check_who(actor, reason)}
         step_us = operator_input.step_us(per_second)
+        await self._refuse_gone(chosen)
         start_us = self._clock.now_us()
 
         async def act(tx: Tx, rows: Sequence[Row[Any]], before: int) -> None:
@@ -315,6 +316,16 @@ class ErrorStore:
     async def _refuse_unknown(self, ids: Sequence[int]) -> None:
         if unknown := sorted(set(ids) - set(await self._states(ids))):
             raise _unknown(unknown)
+
+    async def _refuse_gone(self, chosen: Chosen) -> None:
+        """A message in a queue that does not exist would wait for nobody."""
+        known = select(queues.c.name).where(queues.c.name == parked.c.queue).exists()
+        lost = select(parked.c.queue).where(parked.c.state == "parked", ~known, *_meant(chosen)).limit(1)
+        async with self._database.read() as tx:
+            if gone := (await tx.execute(lost)).scalar_one_or_none():
+                raise InvalidInput(
+                    f"queue {gone[:100]!r} does not exist any more; declare it again, or discard what was parked in it"
+                )
 
     async def _states(self, ids: Sequence[int] | set[int]) -> dict[int, State]:
         statement = select(parked.c.id, parked.c.state).where(parked.c.id.in_(ids)).order_by(parked.c.id)

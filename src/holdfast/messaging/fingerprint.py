@@ -47,9 +47,11 @@ def fingerprint(reason: str) -> Fingerprint:
     # A traceback ends with a newline; that much of it is left even when a long text has pushed out all the rest.
     if named and (blocks or _FRAME.search(rest) or (rest and rest.endswith("\n"))):
         error = named[1]
-        # The error's text may quote other tracebacks: the block that ends in the line of this very class is its own.
-        own = [frames for frames, ended_by in blocks if _class_in(ended_by) == error]
-        return Fingerprint(error, own[0] if own else (), "")
+        # The error's text may quote other tracebacks: a block that ends in the line of this very class is its own.
+        own = [block for block in blocks if _class_in(block[1]) == error]
+        if len(own) > 1 and own[-2][1] == own[-1][1]:
+            own.pop()  # handed on by the group commit as an equal error: its cause says where it comes from
+        return Fingerprint(error, own[-1][0] if own else (), "")
     return Fingerprint("", (), _VALUES.sub("*", first)[:TEXT_CHARS_MAX].strip())
 
 

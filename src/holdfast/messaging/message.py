@@ -96,6 +96,13 @@ def reject(delivery: Delivery, reason: str) -> Settlement:
     return Settlement(delivery=delivery, kind="reject", reason=reason)
 
 
+def handed_on(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """The headers as what the message causes may carry them: the mark of a replay belongs to the replay alone."""
+    if HEADER_PARKED_ID not in headers:
+        return headers
+    return {name: value for name, value in headers.items() if name != HEADER_PARKED_ID}
+
+
 def park(delivery: Delivery, reason: str) -> Settlement:
     """Give up on it and keep it where a human finds it."""
     return Settlement(delivery=delivery, kind="park", reason=reason)

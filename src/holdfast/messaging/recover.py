@@ -9,7 +9,7 @@ import msgspec
 
 from holdfast import observe
 from holdfast.errors import InvalidInput
-from holdfast.messaging.message import Delivery, Outgoing, Settlement, ack, park, reject, retry
+from holdfast.messaging.message import Delivery, Outgoing, Settlement, ack, handed_on, park, reject, retry
 from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology
 from holdfast.messaging.transport import Transport
@@ -93,7 +93,7 @@ class Republish(msgspec.Struct, frozen=True, kw_only=True):
         }
         if self.stack_trace:
             told["x-exception-stacktrace"] = _trace(error)[-TRACE_CHARS_MAX:]
-        headers = dict(message.headers) | {name: _plain(value) for name, value in told.items()}
+        headers = {**handed_on(message.headers)} | {name: _plain(value) for name, value in told.items()}
         copy = msgspec.structs.replace(message, exchange=self.exchange, routing_key=self.service, headers=headers)
         (problem,) = await transport.publish([Outgoing(message=copy)])
         if problem is None:

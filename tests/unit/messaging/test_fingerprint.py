@@ -94,6 +94,18 @@ def test_of_a_chain_the_raised_exceptions_own_frames_count() -> None:
     assert seen.frames == ("test_fingerprint.py:reason_of", "test_fingerprint.py:caused")
 
 
+def test_of_an_error_that_was_handed_on_the_cause_tells_the_place() -> None:
+    """The group commit gives each caller an equal error of its own, with the one that was raised as its cause."""
+
+    def hand_on() -> None:
+        try:
+            other("no")
+        except ValueError as error:
+            raise ValueError("no") from error
+
+    assert fingerprint(reason_of(hand_on)).frames == ("test_fingerprint.py:hand_on", "test_fingerprint.py:other")
+
+
 def test_an_exception_of_a_module_is_known_by_its_bare_class() -> None:
     class Local(Exception):
         pass
