@@ -54,8 +54,8 @@ SERVICE_RANKS: dict[str, int] = {
 }
 """Inside a service a module imports only modules of a lower rank; a new kind of module needs a rank here."""
 
-LAZY_IMPORTERS = frozenset({"holdfast.messaging.transports.registry", "holdfast.edge.cli"})
-"""Who may call import_module, and for one reason only: libraries of an extra stay optional."""
+LAZY_IMPORTERS = frozenset({"holdfast.messaging.transports.registry", "holdfast.edge.cli", "holdfast.edge.queues_cli"})
+"""Who may call import_module: libraries of an extra stay optional, and a user may name a module of his own."""
 
 CLOCK_MODULE = "holdfast.clock"
 SOCKETS_IN = "holdfast.edge.http.connection"  # time-outs of a socket run on its loop, as uvicorn's own do

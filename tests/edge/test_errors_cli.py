@@ -5,73 +5,30 @@ from __future__ import annotations
 import asyncio
 import base64
 import getpass
-import io
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from sqlalchemy import text
 
 from holdfast.bootstrap import System
-from holdfast.edge.cli import main
 from holdfast.messaging.message import ack, reject
 from holdfast.settings import Settings
 from tests.contract.notes import QUEUE, counts, note, opened, publish, raw, read
 from tests.contract.test_error_store import everything, park, settle, state, store_of, taken
+from tests.edge.desk import Desk, Ended, misused, ok, refused
 
-T = TypeVar("T")
 NASTY = "no \x1b[31mred\x1b[0m\x07 [bold]seat[/bold]"
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Desk:
-    """An operator's terminal beside a database of notes; each command runs as it would alone."""
-
-    def __init__(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.settings = settings
-        self._patch = monkeypatch
-        monkeypatch.setenv("HOLDFAST_DATABASE", settings.database.url)
-        monkeypatch.setenv("COLUMNS", "300")
-        monkeypatch.setenv("TERM", "dumb")
+class ErrorsDesk(Desk):
+    """The same, with the commands of the error store."""
 
     def errors(self, *arguments: object, stdin: bytes = b"") -> Ended:
-        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
-        self._patch.setattr(sys, "argv", ["holdfast", "errors", *map(str, arguments)])
-        self._patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = 0
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
-        out.flush()
-        return Ended(code, out.buffer.getvalue().decode(), err.getvalue())
-
-    def within(self, work: Callable[[System], Awaitable[T]]) -> T:
-        """Work in a system of its own, which is gone when the next command comes."""
-
-        async def run() -> T:
-            async with opened(self.settings) as system:
-                return await work(system)
-
-        return asyncio.run(run())
+        return self.run("errors", *arguments, stdin=stdin)
 
     def parked(self, *bodies: str, reason: str = "nobody can read this") -> list[int]:
         return self.within(lambda system: park(system, *bodies, reason=reason))
@@ -84,33 +41,11 @@ class Desk:
 
 
 @pytest.fixture
-def desk(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(settings, monkeypatch)
+def desk(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> ErrorsDesk:
+    return ErrorsDesk(settings, monkeypatch)
 
 
-def ok(ended: Ended) -> Ended:
-    assert (ended.code, ended.err) == (0, "")
-    return ended
-
-
-def refused(ended: Ended, *says: str) -> None:
-    """One sentence, status 2, nothing else."""
-    assert (ended.code, ended.out) == (2, ""), ended
-    assert ended.err.startswith("error: "), ended
-    assert ended.err.count("\n") == 1, ended
-    assert len(ended.err) < 500
-    for each in says:
-        assert each in ended.err, ended
-
-
-def misused(ended: Ended, *says: str) -> None:
-    assert (ended.code, ended.out) == (2, ""), ended
-    assert "Traceback" not in ended.err
-    for each in says:
-        assert each in ended.err, ended
-
-
-def test_an_operator_finds_mends_and_replays(desk: Desk) -> None:
+def test_an_operator_finds_mends_and_replays(desk: ErrorsDesk) -> None:
     """From the group to the message, an edit by way of a file, the replay, and the audit."""
     one, two = desk.parked("one", "two")
 
@@ -150,7 +85,7 @@ def test_an_operator_finds_mends_and_replays(desk: Desk) -> None:
     assert len(ok(desk.errors("list", "--state", "done", "--json")).json) == 2
 
 
-def test_what_is_printed_for_a_human(desk: Desk) -> None:
+def test_what_is_printed_for_a_human(desk: ErrorsDesk) -> None:
     (parked_id,) = desk.parked("世界", reason=f"ValueError: {NASTY}\nTraceback")
     (row,) = desk.errors("groups", "--json").json
     groups = ok(desk.errors("groups")).out.splitlines()
@@ -173,7 +108,7 @@ def test_what_is_printed_for_a_human(desk: Desk) -> None:
     assert ok(desk.errors("list")).out.count("\n") == 1
 
 
-def test_a_body_that_is_no_text_comes_through_unchanged(desk: Desk, tmp_path: Path) -> None:
+def test_a_body_that_is_no_text_comes_through_unchanged(desk: ErrorsDesk, tmp_path: Path) -> None:
     body = bytes(range(256))
 
     async def send_bytes(system: System) -> int:
@@ -197,7 +132,7 @@ def test_a_body_that_is_no_text_comes_through_unchanged(desk: Desk, tmp_path: Pa
     assert desk.within(look) == body[::-1]
 
 
-def test_what_was_replayed_already_is_told_with_status_1(desk: Desk) -> None:
+def test_what_was_replayed_already_is_told_with_status_1(desk: ErrorsDesk) -> None:
     one, two = desk.parked("one", "two")
     ok(desk.errors("replay", one))
     ended = desk.errors("replay", one, two)
@@ -210,7 +145,7 @@ def test_what_was_replayed_already_is_told_with_status_1(desk: Desk) -> None:
     assert desk.within(counts) == (2, 0, 0)
 
 
-def test_a_rate_leaves_the_later_ones_for_later(desk: Desk) -> None:
+def test_a_rate_leaves_the_later_ones_for_later(desk: ErrorsDesk) -> None:
     desk.parked("one", "two", "three")
     ok(desk.errors("replay", "--queue", QUEUE, "--rate", "0.01"))
     assert desk.within(counts) == (1, 0, 2)
@@ -258,7 +193,7 @@ MISUSED: dict[str, tuple[tuple[object, ...], str]] = {
 }
 
 
-def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(desk: Desk) -> None:
+def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(desk: ErrorsDesk) -> None:
     (parked_id,) = desk.parked("one")
     before = desk.errors("show", parked_id, "--json").json
     for arguments, says in BAD.values():
@@ -278,7 +213,7 @@ WRITING: Sequence[Sequence[object]] = (("edit", 1, "--header", "a=b"), ("replay"
 
 
 @pytest.mark.parametrize("command", [*READING, *WRITING], ids=lambda command: str(command[0]))
-def test_a_database_that_was_never_migrated_is_told_to_be(desk: Desk, command: Sequence[object]) -> None:
+def test_a_database_that_was_never_migrated_is_told_to_be(desk: ErrorsDesk, command: Sequence[object]) -> None:
     refused(desk.errors(*command), "holdfast migrate")
     if desk.settings.database.url.startswith("sqlite"):
         assert not Path(desk.settings.database.url.removeprefix("sqlite:///")).exists()

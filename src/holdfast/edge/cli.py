@@ -18,7 +18,7 @@ from holdfast.bootstrap import HISTORIES, migrate_all
 from holdfast.clock import SystemClock
 from holdfast.db.connect import connect
 from holdfast.db.migrate import require_current
-from holdfast.edge import errors_cli
+from holdfast.edge import errors_cli, queues_cli
 from holdfast.edge.report import show
 from holdfast.errors import HoldfastError, InvalidInput
 from holdfast.settings import Settings, load
@@ -34,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(errors_cli.app)
+app.add_typer(queues_cli.app)
 
 
 def main() -> None:

@@ -18,17 +18,13 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import typer
 
-from holdfast import observe
-from holdfast.bootstrap import HISTORIES
 from holdfast.clock import SystemClock, rfc3339
-from holdfast.db.connect import connect
-from holdfast.db.migrate import require_current
+from holdfast.edge.terminal import database_of_settings, print_json, safe, table
 from holdfast.errors import InvalidInput
 from holdfast.ids import IdSource
 from holdfast.messaging.codec import BODY_BYTES_MAX
 from holdfast.messaging.error_store import LIST_MAX, ErrorStore
 from holdfast.messaging.parked import OPEN, FailureGroup, Outcome, ParkedMessage, ParkedSummary
-from holdfast.settings import load
 
 T = TypeVar("T")
 
@@ -58,7 +54,7 @@ def groups(queue: OfQueue = None, as_json: AsJson = False) -> None:
     """Open messages by queue, exception and stack, the largest group first."""
     found = _ask(lambda store: store.groups(queue))
     if as_json:
-        _print_json([{**msgspec.to_builtins(each), "count": each.count} for each in found])
+        print_json([{**msgspec.to_builtins(each), "count": each.count} for each in found])
     else:
         _groups_table(found)
 
@@ -79,7 +75,7 @@ def list_messages(
     states: Any = tuple(state) if state else OPEN  # the store refuses what is no state
     found = _ask(lambda store: store.list(queue, group, states=states, limit=limit, after=after))
     if as_json:
-        _print_json([_plain(each) for each in found])
+        print_json([_plain(each) for each in found])
     else:
         _list_table(found)
 
@@ -95,7 +91,7 @@ def show(
     if body:
         typer.echo(message.body, nl=False)
     elif as_json:
-        _print_json({**_plain(message), **_body("body", message.body), "error_headers": message.error_headers})
+        print_json({**_plain(message), **_body("body", message.body), "error_headers": message.error_headers})
     else:
         _show(message)
 
@@ -124,7 +120,7 @@ def edit(
     who = _actor(actor)
     _change(lambda store: store.edit(parked_id, actor=who, body=new_body, headers=headers, reason=reason))
     if as_json:
-        _print_json({"edited": str(parked_id)})
+        print_json({"edited": str(parked_id)})
     else:
         typer.echo(f"edited {parked_id}; `holdfast errors replay {parked_id}` sends it")
 
@@ -192,15 +188,9 @@ async def _run(work: Callable[[ErrorStore], Awaitable[T]], *, read_only: bool) -
 
 @asynccontextmanager
 async def _store(*, read_only: bool) -> AsyncIterator[ErrorStore]:
-    settings = load()
-    observe.configure_logs(settings.log.format, settings.log.level)
-    database = await connect(settings.database, read_only=read_only, create=False)
-    try:
-        await require_current(database, HISTORIES)
+    async with database_of_settings(read_only=read_only) as database:
         clock = SystemClock()
         yield ErrorStore(database, clock, IdSource(clock))
-    finally:
-        await database.close()
 
 
 def _actor(given: str | None) -> str:
@@ -231,7 +221,7 @@ def _told(verb: str, outcome: Outcome, as_json: bool) -> None:
     """Say what was moved and what was left; ends with status 1 when something asked for by id was left."""
     if as_json:
         left = {str(each): state for each, state in outcome.left.items()}
-        _print_json({verb: [str(each) for each in outcome.ids], "count": outcome.count, "left": left})
+        print_json({verb: [str(each) for each in outcome.ids], "count": outcome.count, "left": left})
     else:
         typer.echo(f"{verb} {outcome.count} {'message' if outcome.count == 1 else 'messages'}")
         for each, state in outcome.left.items():
@@ -263,18 +253,6 @@ def _text(body: bytes) -> str | None:
         return None
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(msgspec.json.format(msgspec.json.encode(value)).decode())
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns, the last one as long as it is: one line for each row, whatever the terminal's width."""
-    lines = [head, *([_safe(cell).replace("\n", " ") for cell in row] for row in rows)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(head) - 1)]
-    for line in lines:
-        typer.echo("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]))
-
-
 def _groups_table(found: Sequence[FailureGroup]) -> None:
     rows = [
         (
@@ -283,7 +261,7 @@ def _groups_table(found: Sequence[FailureGroup]) -> None:
         )
         for each in found
     ]
-    _table(("group", "queue", "parked", "pending", "loops", "error", "type", "first", "last", "reason"), rows)
+    table(("group", "queue", "parked", "pending", "loops", "error", "type", "first", "last", "reason"), rows)
 
 
 def _list_table(found: Sequence[ParkedSummary]) -> None:
@@ -294,29 +272,24 @@ def _list_table(found: Sequence[ParkedSummary]) -> None:
         )
         for each in found
     ]
-    _table(("id", "state", "queue", "type", "message id", "loops", "last failed", "reason"), rows)
+    table(("id", "state", "queue", "type", "message id", "loops", "last failed", "reason"), rows)
 
 
 def _show(message: ParkedMessage) -> None:
     for name in ParkedSummary.__struct_fields__[:-1]:  # the reason, which is long, comes last
         value = getattr(message, name)
-        told = rfc3339(value) if name.endswith("_us") else _safe(str(value))
+        told = rfc3339(value) if name.endswith("_us") else safe(str(value))
         typer.echo(f"{name.removesuffix('_us')}: {told}")
     for name, value in message.headers.items():
-        typer.echo(f"header {_safe(name)}: {_safe(value)}")
+        typer.echo(f"header {safe(name)}: {safe(value)}")
     text = _text(message.body)
-    shown = _safe(text) if text is not None else "no text; `--body` prints the bytes"
+    shown = safe(text) if text is not None else "no text; `--body` prints the bytes"
     typer.echo(f"body ({len(message.body)} bytes): {shown}")
-    typer.echo(f"reason: {_safe(message.reason)}")
+    typer.echo(f"reason: {safe(message.reason)}")
     for line in message.audit:
-        why = f": {_safe(line.reason)}" if line.reason else ""
-        typer.echo(f"{rfc3339(line.at_us)} {_safe(line.actor)} {line.action}{why}")
+        why = f": {safe(line.reason)}" if line.reason else ""
+        typer.echo(f"{rfc3339(line.at_us)} {safe(line.actor)} {line.action}{why}")
 
 
 def _line(reason: str) -> str:
     return reason.partition("\n")[0][:200]
-
-
-def _safe(text: str) -> str:
-    """Text of unknown origin for a terminal: control characters are written out, so that none is obeyed."""
-    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)

@@ -39,6 +39,7 @@ from holdfast.db.database import Database, Tx
 from holdfast.errors import Conflict, InvalidInput
 from holdfast.ids import IdSource
 from holdfast.messaging import operator_input
+from holdfast.messaging.compression import CONTENT_ENCODING
 from holdfast.messaging.message import HEADER_PARKED_ID
 from holdfast.messaging.operator_input import Chosen, check_id
 from holdfast.messaging.parked import (
@@ -196,12 +197,12 @@ class ErrorStore:
             if row.state != "parked":
                 raise Conflict(f"message {parked_id} is {row.state}; only a parked one can be edited")
             changes: dict[str, Any] = {}
+            after = operator_input.edited_headers(_headers(row.headers), headers or {})
             if body is not None:
-                operator_input.check_body(body, row.content_type)
+                operator_input.check_body(body, row.content_type, after.get(CONTENT_ENCODING))
                 changes["body"] = body
                 entry |= {"body_before": row.old_body, "body_after": body}
             if headers:
-                after = operator_input.edited_headers(_headers(row.headers), headers)
                 changes["headers"] = msgspec.json.encode(after).decode()
                 entry |= {"headers_before": row.headers, "headers_after": changes["headers"]}
             await tx.execute(update(parked).where(parked.c.id == parked_id).values(**changes))

@@ -10,6 +10,7 @@ import msgspec
 from holdfast.errors import InvalidInput
 from holdfast.ids import ID_MAX
 from holdfast.messaging.codec import BODY_BYTES_MAX
+from holdfast.messaging.compression import expanded
 from holdfast.messaging.message import HEADER_PARKED_ID, JSON
 
 IDS_MAX = 1_000  # asked for one by one; more are a group
@@ -73,10 +74,12 @@ def step_us(per_second: float | None) -> float:
     return 1_000_000 / per_second
 
 
-def check_body(body: bytes, content_type: str) -> None:
-    """Raises `InvalidInput` for a body over the limit, or that is no JSON where the message says it is."""
+def check_body(body: bytes, content_type: str, content_encoding: str | None = None) -> None:
+    """Raises `InvalidInput` for a body over the limit, or that is not what the message's headers say it is."""
     if len(body) > BODY_BYTES_MAX:
         raise InvalidInput(f"a body of {len(body)} bytes is over the limit of {BODY_BYTES_MAX}")
+    if content_encoding is not None:
+        body = expanded(body, content_encoding, BODY_BYTES_MAX)
     if content_type != JSON:
         return
     try:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import msgspec
-from sqlalchemy import literal_column, select, union_all, update
+from sqlalchemy import delete, literal_column, select, union_all, update
 
 from holdfast.db.database import Tx
 from holdfast.db.prepared import Prepared, insert
@@ -16,6 +16,7 @@ from holdfast.messaging.message import Message
 from holdfast.messaging.routing import route
 from holdfast.messaging.tables import bindings, exchanges, queues
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology, differences
+from holdfast.messaging.topology_plan import Change, plan, surplus
 
 DEFAULT_EXCHANGE = ""
 OFFERED = frozenset(
@@ -117,6 +118,32 @@ async def declare(tx: Tx, topology: Topology, owner: int, now_us: int) -> None:
     # Another process may have declared the same names meanwhile, with other arguments.
     tx.memo.clear()
     check(await known_to(tx), topology)
+
+
+async def change(tx: Tx, topology: Topology, now_us: int, *, prune: bool) -> list[Change]:
+    """Make the declared topology the wanted one, messages untouched; answers what was changed.
+
+    An argument that changes holds for what is published from now on: messages keep the expiry they were given.
+    """
+    actual = (await known_to(tx)).topology()
+    changes = plan(actual, topology, prune=prune)
+    changed = {(each.what, each.name) for each in changes if each.action == "change"}
+    for what, table, declared in (("exchange", exchanges, topology.exchanges), ("queue", queues, topology.queues)):
+        for each in declared:
+            if (what, each.name) in changed:
+                await tx.execute(update(table).where(table.c.name == each.name).values(arguments=arguments(each)))
+    if prune:
+        for binding in surplus(actual, topology):
+            await tx.execute(
+                delete(bindings).where(
+                    bindings.c.exchange == binding.exchange,
+                    bindings.c.queue == binding.queue,
+                    bindings.c.routing_key == binding.routing_key,
+                )
+            )
+    tx.memo.clear()
+    await declare(tx, topology, 0, now_us)
+    return changes
 
 
 def check(known: Known, topology: Topology, *, passive: bool = False) -> None:

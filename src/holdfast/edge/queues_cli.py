@@ -1,0 +1,159 @@
+"""`holdfast queues`: what is in the queues, and whether they are declared as they should be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from importlib import import_module
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import typer
+
+from holdfast.clock import SystemClock, rfc3339
+from holdfast.db.database import Database
+from holdfast.edge.terminal import database_of_settings, print_json, safe, table
+from holdfast.errors import InvalidInput
+from holdfast.messaging.topology import Topology
+from holdfast.messaging.topology_plan import Change, plan
+from holdfast.messaging.transports.sql import insight, routing
+
+T = TypeVar("T")
+
+EXIT_DIFFERENT = 1
+PAGE = 100
+BODY_CHARS_MAX = 200
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Prune = Annotated[bool, typer.Option("--prune", help="Remove bindings of these queues that are not wanted any more.")]
+Wanted = Annotated[
+    str, typer.Option("--topology", help="MODULE:NAME of the wanted Topology; the order engine's if not given.")
+]
+OURS = "holdfast.services.contracts.topology:TOPOLOGY"
+
+app = typer.Typer(
+    name="queues",
+    help="What is in the queues: list, tail; and how they are declared: plan, apply.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command("list")
+def list_queues(as_json: AsJson = False) -> None:
+    """Ready, unacked, delayed and parked messages of every queue, and how long the oldest ready one waits."""
+    clock = SystemClock()
+    views = _with_database(lambda database: _overview(database, clock.now_us()), read_only=True)
+    if as_json:
+        print_json(views)
+        return
+    rows = [
+        (view.queue, *map(str, (view.ready, view.unacked, view.delayed, view.parked)), f"{view.oldest_s:.1f}")
+        for view in views
+    ]
+    table(("queue", "ready", "unacked", "delayed", "parked", "oldest s"), rows)
+
+
+@app.command("plan")
+def show_plan(topology: Wanted = OURS, prune: Prune = False, as_json: AsJson = False) -> None:
+    """What `apply` would change; ends with status 1 when there is something."""
+    wanted = _wanted(topology)
+
+    async def compare(database: Database) -> list[Change]:
+        async with database.read() as tx:
+            return plan((await routing.known_to(tx)).topology(), wanted, prune=prune)
+
+    changes = _with_database(compare, read_only=True)
+    _tell(changes, as_json)
+    raise typer.Exit(EXIT_DIFFERENT if changes else 0)
+
+
+@app.command("apply")
+def make(topology: Wanted = OURS, prune: Prune = False, as_json: AsJson = False) -> None:
+    """Make the queues as they should be, in one transaction; messages stay where they are."""
+    wanted = _wanted(topology)
+    now_us = SystemClock().now_us()
+
+    async def change(database: Database) -> list[Change]:
+        wanted.refuse_unless(database.dialect, routing.OFFERED)
+        async with database.transaction() as tx:
+            return await routing.change(tx, wanted, now_us, prune=prune)
+
+    _tell(_with_database(change, read_only=False), as_json)
+
+
+@app.command()
+def tail(
+    queue: Annotated[str, typer.Argument(help="Which queue, as `queues list` names it.")],
+    after: Annotated[int, typer.Option(min=0, help="Only ids above this one.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=insight.PEEK_MAX, help="At most so many.")] = PAGE,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what comes, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The messages of a queue, oldest first; they stay where they are."""
+    clock = SystemClock()
+
+    async def run(database: Database) -> None:
+        last = after
+        while True:
+            async with database.read() as tx:
+                if queue not in (await routing.known_to(tx)).queues:
+                    raise InvalidInput(f"there is no queue {queue[:100]!r}; `holdfast queues list` names them")
+                found = await insight.peek(tx, queue, last, limit, clock.now_us())
+            for each in found:
+                last = each.id
+                _line(each, as_json)
+            if not follow:
+                return
+            await clock.sleep(0 if len(found) == limit else 0.5)
+
+    try:
+        _with_database(run, read_only=True)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+def _line(message: insight.Peeked, as_json: bool) -> None:
+    if as_json:
+        fields = msgspec.to_builtins(message)
+        typer.echo(msgspec.json.encode({**fields, "id": str(message.id)}).decode())
+        return
+    body = safe(message.body[:BODY_CHARS_MAX].decode("utf-8", "replace")).replace("\n", " ")
+    key = safe(message.routing_key)
+    typer.echo(f"{message.id} {message.state} {rfc3339(message.due_us)} {safe(message.type)} {key} {body}")
+
+
+def _tell(changes: list[Change], as_json: bool) -> None:
+    if as_json:
+        print_json(changes)
+        return
+    for each in changes:
+        typer.echo(f"{each.action} {each.what} {safe(each.name)}" + (f": {safe(each.detail)}" if each.detail else ""))
+    if not changes:
+        typer.echo("everything is declared as it should be")
+
+
+def _wanted(name: str) -> Topology:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise InvalidInput(f"--topology: write MODULE:NAME, as in {OURS}, not {name[:100]!r}")
+    try:
+        found: Any = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidInput(f"--topology: cannot find {name[:100]!r}: {error}") from error
+    if not isinstance(found, Topology):
+        raise InvalidInput(f"--topology: {name[:100]!r} is no Topology but a {type(found).__name__}")
+    return found
+
+
+async def _overview(database: Database, now_us: int) -> list[insight.QueueView]:
+    async with database.read(snapshot=True) as tx:
+        return await insight.overview(tx, now_us)
+
+
+def _with_database(work: Callable[[Database], Awaitable[T]], *, read_only: bool) -> T:
+    async def run() -> T:
+        async with database_of_settings(read_only=read_only) as database:
+            return await work(database)
+
+    return asyncio.run(run())
