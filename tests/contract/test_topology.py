@@ -571,3 +571,24 @@ async def test_the_next_takes_over_when_the_active_one_died_without_a_word(
         await pass_time(system, clock, 2)
         assert sorted(texts(await waiting)) == ["a", "b"]
     await counts_become(system, (2, 0, 0), "ordered")
+
+
+async def test_an_active_consumer_that_works_for_long_stays_the_active_one(
+    start_system: StartSystem, settings: Settings
+) -> None:
+    clock = manual_clock()
+    system = await office(start_system, with_messaging(settings, lease_ms=30_000, poll_ms=1_000), clock=clock)
+    await declare(system, Queue(name="ordered", single_active_consumer=True))
+    await send_to(system, "ordered", "a", "b")
+    async with (
+        system.transport.subscribe("ordered", prefetch=1) as first,
+        system.transport.subscribe("ordered", prefetch=10) as second,
+    ):
+        (held,) = await take(first)
+        waiting = asyncio.create_task(second.take())
+        for _ in range(10):
+            await pass_time(system, clock, 9)
+        assert not waiting.done()
+        await first.settle([ack(held)])
+        assert texts(await take(first)) == ["b"]
+        waiting.cancel()

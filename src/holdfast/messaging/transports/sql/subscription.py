@@ -88,6 +88,15 @@ def _activate(_: Dialect) -> Executable:
     )
 
 
+def _stay(_: Dialect) -> Executable:
+    return (
+        update(queues)
+        .where(queues.c.name == bindparam("of_queue"), queues.c.active == bindparam("consumer", type_=BigInteger))
+        .values(active_until_us=bindparam("until_us"))
+        .returning(queues.c.name)
+    )
+
+
 def _step_down(_: Dialect) -> Executable:
     return (
         update(queues)
@@ -130,6 +139,7 @@ _DELETE = Prepared(
 )
 _PUT_BACK = Prepared(_put_back)
 _ACTIVATE = Prepared(_activate)
+_STAY = Prepared(_stay)
 _STEP_DOWN = Prepared(_step_down)
 _MOVE = Prepared(_moved)
 
@@ -384,9 +394,8 @@ class SqlSubscription:
         """Extend the leases of what is held, so that a slow handler keeps its message."""
         while True:
             await self._clock.sleep(self._lease_us / 3 / US_PER_S)
-            if self._declared is not None and self._declared.single_active_consumer:
-                self._waiter.wake()  # asking for more renews the claim to be the active one
-            if not self._held:
+            single = self._declared is not None and self._declared.single_active_consumer
+            if not self._held and not single:
                 continue
             try:
                 await self._group.submit(self._extend, list(self._held.values()))
@@ -397,6 +406,8 @@ class SqlSubscription:
         due_us = self._clock.now_us() + self._lease_us
         for group in groups:
             await _move(tx, group, due_us, keep=True)
+        if self._declared is not None and self._declared.single_active_consumer:
+            await _STAY.rows(tx, of_queue=self._queue, consumer=self._consumer, until_us=due_us)
         return [None for _ in groups]
 
     async def _give_back(self, tx: Tx, groups: Sequence[Sequence[Receipt]]) -> list[HoldfastError | None]:
