@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
+import pytest
 
 from holdfast.bootstrap import System
-from holdfast.errors import PublishRejected
+from holdfast.errors import PublishRejected, TopologyMismatch
 from holdfast.messaging.dead_letters import deaths
 from holdfast.messaging.listener import Incoming, Listen
 from holdfast.messaging.message import reject
@@ -17,6 +18,7 @@ from holdfast.messaging.toolkit import Messaging, open_messaging
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology
 from tests.conftest import StartSystem, eventually
 from tests.contract.notes import (
+    ONCE,
     TYPES,
     Note,
     counts,
@@ -217,3 +219,61 @@ async def test_K10_named_queue_is_worker_mode(start_system: StartSystem) -> None
         await asyncio.gather(*(running[0].publisher.publish(OVER, "", Note(text)) for text in sent))
         await counts_become(system, (0, 0, 0), queue.name)
     assert sorted(heard) == sorted(sent)
+
+
+async def test_H34_per_service_error_queue_only_if_wanted(start_system: StartSystem) -> None:  # noqa: N802
+    """Switched on, exchange, queue and binding by the service's name exist and are used; off, they do not."""
+    system = await office(start_system)
+    declared = await system.transport.topology()
+    assert "error.direct" not in {each.name for each in declared.exchanges}
+    assert not [each.name for each in declared.queues if each.name.endswith("error.queue")]
+
+    async def fail(_: Incoming) -> None:
+        raise RuntimeError("always")
+
+    nothing = Topology(queues=[Queue(name="work")])
+    async with open_messaging(system.database, TYPES, nothing, error_service="trade") as bus:
+        declared = await bus.transport.topology()
+        assert Exchange(name="error.direct", kind="direct") in declared.exchanges
+        assert Queue(name="trade.error.queue") in declared.queues
+        binding = Binding(exchange="error.direct", queue="trade.error.queue", routing_key="trade")
+        assert binding in declared.bindings
+        bus.listen(Listen(name="work", queue="work", plain={Note: fail}, local=ONCE, durable=ONCE))
+        await bus.publisher.publish("", "work", Note("broken"))
+        await counts_become(system, (1, 0, 0), "trade.error.queue")
+
+
+async def test_H38_declare_arguments_catalogue(start_system: StartSystem) -> None:  # noqa: N802
+    """Each argument is declared and shown again; what only a broker has can be written down and is refused by name."""
+    system = await office(start_system)
+    offered = Topology(
+        exchanges=[Exchange(name="alternate", kind="fanout"), Exchange(name="main", alternate="alternate")],
+        queues=[
+            Queue(name="auto-delete", auto_delete=True),
+            Queue(name="exclusive", exclusive=True),
+            Queue(name="expires", expires_ms=60_000),
+            Queue(name="ttl", message_ttl_ms=60_000),
+            Queue(name="drop-head", max_length=10, overflow="drop-head"),
+            Queue(name="reject-publish", max_length=10, overflow="reject-publish"),
+            Queue(name="dead-lettering", dead_letter_exchange="main", dead_letter_routing_key="dead"),
+            Queue(name="single", single_active_consumer=True),
+        ],
+    )
+    await system.transport.declare(offered)
+    declared = await system.transport.topology()
+    assert set(offered.exchanges) <= set(declared.exchanges)
+    assert set(offered.queues) <= set(declared.queues)
+    for queue, feature in (
+        (Queue(name="bytes", max_length_bytes=1_000), "max_length_bytes"),
+        (Queue(name="priority", max_priority=5), "max_priority"),
+    ):
+        with pytest.raises(TopologyMismatch, match=feature):
+            await system.transport.declare(Topology(queues=[queue]))
+    for exchange, feature in (
+        (Exchange(name="internal", internal=True), "internal_exchange"),
+        (Exchange(name="headers", kind="headers"), "headers_exchange"),
+        (Exchange(name="auto", auto_delete=True), "auto_delete_exchange"),
+    ):
+        with pytest.raises(TopologyMismatch, match=feature):
+            await system.transport.declare(Topology(exchanges=[exchange]))
+    assert await system.transport.topology() == declared

@@ -28,7 +28,7 @@ from holdfast.messaging.codec import Codec
 from holdfast.messaging.inbox import Inbox
 from holdfast.messaging.message import Delivery, Settlement, ack, park, retry
 from holdfast.messaging.pacing import Keys, Outage, Slots
-from holdfast.messaging.recover import Park, Recoverer, describe
+from holdfast.messaging.recover import Recoverer, describe
 from holdfast.messaging.retry import Retry, RetryPolicy, is_fatal
 from holdfast.messaging.transport import Subscription, Transport
 
@@ -62,7 +62,7 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
     prefetch: int = 200
     concurrency: int = 32  # plain handlers at once
     group: GroupCommit | None = None  # the writer of its effects; the toolkit's own unless given
-    recover: Recoverer = Park()  # what becomes of a message that is given up on
+    recover: Recoverer | None = None  # what becomes of a message that is given up on; the toolkit's own unless given
     time_limit_ms: int | None = None  # for a plain handler; then it is cancelled and the attempt has failed
     key: Callable[[Any], Hashable | None] | None = None  # bodies of one key are handled one after the other, in order
     outage_after: int = 20  # failures in a row after which deliveries are tried one at a time
@@ -90,13 +90,22 @@ class Listener:
     """Runs one `Listen` until stopped."""
 
     def __init__(
-        self, listen: Listen, *, transport: Transport, group: GroupCommit, inbox: Inbox, codec: Codec, clock: Clock
+        self,
+        listen: Listen,
+        *,
+        transport: Transport,
+        group: GroupCommit,
+        inbox: Inbox,
+        codec: Codec,
+        clock: Clock,
+        recover: Recoverer,
     ) -> None:
         if listen.effects and not transport.features.shares_database:
             raise InvalidInput(f"listener {listen.name!r}: effects need a transport that shares the database")
         self._listen = listen
         self._transport = transport
         self._group = listen.group or group
+        self._recoverer = listen.recover or recover
         self._inbox = inbox
         self._codec = codec
         self._clock = clock
@@ -305,7 +314,7 @@ class Listener:
     async def _recover(self, delivery: Delivery, error: Exception) -> Settlement:
         """Hand a message that is given up on to the recoverer; one that fails itself loses nothing."""
         try:
-            return await self._listen.recover.recover(self._transport, delivery, error)
+            return await self._recoverer.recover(self._transport, delivery, error)
         except Exception:
             log.exception("recoverer_failed", listener=self._listen.name, message_id=delivery.message.message_id)
             return park(delivery, describe(error))

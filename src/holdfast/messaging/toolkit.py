@@ -19,6 +19,7 @@ from holdfast.messaging.inbox import Inbox
 from holdfast.messaging.listener import Listen, Listener
 from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.publisher import Publisher
+from holdfast.messaging.recover import Park, Recoverer, Republish, error_topology
 from holdfast.messaging.tables import HISTORY
 from holdfast.messaging.topology import Topology
 from holdfast.messaging.transports.registry import sql_transport
@@ -38,6 +39,7 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
     outbox: Outbox
     publisher: Publisher
     error_store: ErrorStore
+    recover: Recoverer
     drain_s: float
     listeners: list[Listener]
 
@@ -50,6 +52,7 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
             inbox=self.inbox,
             codec=self.codec,
             clock=self.clock,
+            recover=self.recover,
         )
         self.listeners.append(listener)
         listener.start()
@@ -70,12 +73,16 @@ async def open_messaging(
     clock: Clock | None = None,
     settings: MessagingSettings | None = None,
     database_settings: DatabaseSettings | None = None,
+    error_service: str | None = None,
 ) -> AsyncIterator[Messaging]:
     """Run the toolkit over a migrated database: declare the topology, give everything, drain at the end.
 
     `types` maps each type id on the wire to its class; give a `Codec` instead for upcasters, Java names or compression.
     Raises `SchemaOutdated` when the tables are missing (`await migrate(database, [HISTORY])` makes them) and
     `TopologyMismatch`.
+
+    With `error_service` the error exchange and the queue `{error_service}.error.queue` are declared too, and listeners
+    without a recoverer of their own republish there; otherwise they park in the error store.
     """
     clock = clock or SystemClock()
     settings = settings or MessagingSettings()
@@ -87,6 +94,8 @@ async def open_messaging(
         stack.push_async_callback(group.close)
         ids = IdSource(clock)
         transport = await stack.enter_async_context(sql_transport(database, group, clock, ids, settings))
+        if error_service is not None:
+            topology += error_topology(error_service)
         await transport.declare(topology)
         codec = types if isinstance(types, Codec) else Codec(types)
         running = Messaging(
@@ -99,6 +108,7 @@ async def open_messaging(
             outbox=Outbox(transport, codec, clock, ids),
             publisher=Publisher(transport, codec, clock, ids),
             error_store=ErrorStore(database, clock, ids, tell=transport.tell),
+            recover=Park() if error_service is None else Republish(service=error_service),
             drain_s=settings.drain_ms / 1_000,
             listeners=[],
         )
