@@ -231,10 +231,11 @@ async def test_a_handlers_own_time_out_is_its_own(start_system: StartSystem) -> 
 
 async def test_an_outage_is_met_one_at_a_time_and_the_first_success_restores_speed(start_system: StartSystem) -> None:
     system = await office(start_system)
-    away, running, most, after = True, 0, 0, 0
+    away, running, most = True, 0, 0
+    together = asyncio.Event()
 
     async def handle(_: Incoming) -> None:
-        nonlocal running, most, after
+        nonlocal running, most
         running += 1
         if listener._outage.on:
             most = max(most, running)
@@ -242,15 +243,15 @@ async def test_an_outage_is_met_one_at_a_time_and_the_first_success_restores_spe
             await asyncio.sleep(0)
             if away:
                 raise ConnectionError("the neighbour is away")
-            after = max(after, running)
-            await turn_of_others()
+            if running > 1:
+                together.set()
+            if not first:
+                await together.wait()  # nobody gets through until two run at once again
+            first.clear()
         finally:
             running -= 1
 
-    async def turn_of_others() -> None:
-        for _ in range(20):
-            await asyncio.sleep(0)
-
+    first = [True]  # the first success restores the speed, so it may come alone
     await send(system, *(str(number) for number in range(30)))
     durable = RetryPolicy(tries=1_000, interval_ms=1)
     listener = system.listen(plainly(handle, durable=durable, concurrency=5, outage_after=10, outage_wait_ms=1))
@@ -268,7 +269,7 @@ async def test_an_outage_is_met_one_at_a_time_and_the_first_success_restores_spe
     assert most == 1
     away = False
     await counts_become(system, (0, 0, 0))
-    assert after > 1
+    assert together.is_set()
     assert await parked_messages(system) == []
 
 

@@ -269,11 +269,12 @@ class Listener:
 
     async def _carefully(self, call: Callable[[], Awaitable[None]]) -> None:
         """Call, and count failures in a row; while everything fails, one at a time and slowly."""
-        if not self._outage.on:
-            await self._counted(call)
-            return
-        async with self._outage.one_at_a_time:
-            await self._counted(call)
+        if self._outage.on:
+            async with self._outage.one_at_a_time:
+                if self._outage.on:
+                    await self._counted(call)
+                    return
+        await self._counted(call)  # also who waited for his turn while the outage ended
 
     async def _counted(self, call: Callable[[], Awaitable[None]]) -> None:
         try:
