@@ -11,6 +11,7 @@
     │   ├── Overloaded          a bounded queue is full; refused before any write
     │   └── ShuttingDown        this process is draining; refused before any write
     ├── OutcomeUnknown          the reply was lost; what was asked may or may not have happened
+    │   └── ReplyTimeout        no reply to a request came in time
     ├── UnsafeDatabase          the database could lose what it acknowledged; we refuse to start
     ├── DatabaseInUse           another process writes this SQLite file
     ├── SchemaOutdated          migrations are missing: run `holdfast migrate`
@@ -107,6 +108,12 @@ class OutcomeUnknown(HoldfastError):
 
     code = "outcome_unknown"
     retryable = True
+
+
+class ReplyTimeout(OutcomeUnknown):
+    """No reply came in time; the request may or may not have been handled."""
+
+    code = "reply_timeout"
 
 
 class UnsafeDatabase(HoldfastError):

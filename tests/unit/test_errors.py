@@ -43,6 +43,7 @@ def test_only_what_may_help_is_tried_again() -> None:
         "shutting_down",
         "outcome_unknown",
         "handler_timeout",
+        "reply_timeout",
         "publish_rejected",
         "publish_unconfirmed",
     }

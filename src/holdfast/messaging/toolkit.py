@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import msgspec
 
@@ -16,10 +17,11 @@ from holdfast.ids import IdSource
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.error_store import ErrorStore
 from holdfast.messaging.inbox import Inbox
-from holdfast.messaging.listener import Listen, Listener
+from holdfast.messaging.listener import Incoming, Listen, Listener
 from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.publisher import Publisher
 from holdfast.messaging.recover import Park, Recoverer, Republish, error_topology
+from holdfast.messaging.request import Requester, reply
 from holdfast.messaging.tables import HISTORY
 from holdfast.messaging.topology import Topology
 from holdfast.messaging.transports.registry import sql_transport
@@ -57,6 +59,14 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
         self.listeners.append(listener)
         listener.start()
         return listener
+
+    def requester(self) -> Requester:
+        """What asks and waits for replies: `async with bus.requester() as requests: await requests.ask(...)`."""
+        return Requester(self.transport, self.publisher, self.codec, self.clock, self.ids)
+
+    async def reply(self, incoming: Incoming, body: Any) -> None:
+        """Answer a request that a plain handler got; raises `InvalidInput` for a message that is none."""
+        await reply(self.publisher, incoming, body)
 
     async def stop_listeners(self) -> None:
         """Let running handlers finish, give the rest back to the queues."""
