@@ -95,6 +95,31 @@ async def test_G15_two_payload_types_one_queue(start_system: StartSystem) -> Non
     assert {each.body for each in parked} == {b"garbage", b'{"text":"hello"}'}
 
 
+async def test_H3_confirms_none_simple_correlated(start_system: StartSystem) -> None:  # noqa: N802
+    """Sent and not waited for, waited for one by one, or all on their way at once with a callback for each outcome."""
+    system = await office(start_system)
+    publish_one = system.publisher.publish
+
+    sent = asyncio.create_task(publish_one(EXCHANGE, KEY, Note("none")))
+    await counts_become(system, (1, 0, 0))
+    assert sent.done()
+
+    assert await publish_one(EXCHANGE, KEY, Note("simple"), message_id="m-1") == "m-1"
+    assert await counts(system) == (2, 0, 0)
+
+    told: dict[str, object] = {}
+    tasks = [
+        asyncio.create_task(publish_one(EXCHANGE, key, Note("correlated"), message_id=name), name=name)
+        for name, key in (("good", KEY), ("lost", "letter"))
+    ]
+    for task in tasks:
+        task.add_done_callback(lambda done: told.update({done.get_name(): type(done.exception())}))
+    await asyncio.wait(tasks)
+    await turn(system)
+    assert told == {"good": type(None), "lost": Unroutable}
+    assert await counts(system) == (3, 0, 0)
+
+
 async def test_H4_return_callback(start_system: StartSystem) -> None:  # noqa: N802
     """A key that no queue takes: 312 NO_ROUTE with exchange, key and message id."""
     system = await office(start_system)
