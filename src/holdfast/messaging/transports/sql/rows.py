@@ -15,7 +15,7 @@ from holdfast.db.prepared import Prepared, among, insert_all
 from holdfast.errors import PublishRejected
 from holdfast.ids import IdSource
 from holdfast.messaging.dead_letters import Reason, deaths, goes_in_circles, with_death
-from holdfast.messaging.message import HEADER_PARKED_ID, Outgoing
+from holdfast.messaging.message import HEADER_PARKED_ID, Message, Outgoing
 from holdfast.messaging.tables import messages, queues
 from holdfast.messaging.topology import Queue
 from holdfast.messaging.transports.sql import parking, routing
@@ -140,7 +140,7 @@ class QueueRows:
 
     def _targets(self, known: routing.Known, queue: Queue, row: Any) -> Sequence[Queue] | str:
         exchange = queue.dead_letter_exchange or ""
-        key = row.routing_key if queue.dead_letter_routing_key is None else queue.dead_letter_routing_key
+        key = _dead_key(queue, row)
         try:
             reached = known.route(exchange, key)
         except PublishRejected as error:
@@ -201,27 +201,22 @@ class QueueRows:
 
     def _again(self, row: Any, queue: Queue, target: Queue, headers: dict[str, str], now_us: int) -> dict[str, Any]:
         """The dead letter's row; what a publisher said about its expiry is over with its first death."""
-        key = row.routing_key if queue.dead_letter_routing_key is None else queue.dead_letter_routing_key
-        return {
-            "id": self._ids.next(),
-            "queue": target.name,
-            "due_us": now_us,
-            "ready_us": now_us,
-            "lease": None,
-            "attempt": 1,
-            "deliveries": 0,
-            "crashes": 0,
-            "cancel_key": None,
-            "expires_us": _expiry(now_us, None, target.message_ttl_ms),
-            "message_id": row.message_id,
-            "exchange": queue.dead_letter_exchange,
-            "routing_key": key,
-            "type": row.type,
-            "content_type": row.content_type,
-            "headers": msgspec.json.encode(headers).decode(),
-            "body": row.body,
-            "published_us": row.published_us,
-        }
+        message = Message(
+            exchange=queue.dead_letter_exchange or "",
+            routing_key=_dead_key(queue, row),
+            body=row.body,
+            message_id=row.message_id,
+            timestamp_us=row.published_us,
+            type=row.type,
+            content_type=row.content_type,
+            headers=headers,
+        )
+        return self._row(Outgoing(message=message), target, now_us)
+
+
+def _dead_key(queue: Queue, row: Any) -> str:
+    key: str = row.routing_key if queue.dead_letter_routing_key is None else queue.dead_letter_routing_key
+    return key
 
 
 def _drops(queue: Queue) -> bool:
