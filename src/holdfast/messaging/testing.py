@@ -76,7 +76,7 @@ class Bus(Messaging, frozen=True, kw_only=True):
     """The running toolkit of a test, with a hand on its time, an eye on its queues, and scripts of what goes wrong."""
 
     database: SqliteDatabase
-    hands: ManualClock  # the same clock as `clock`
+    clock: ManualClock
     faults: Faults
     resting: asyncio.Lock
 
@@ -107,11 +107,11 @@ class Bus(Messaging, frozen=True, kw_only=True):
             raise InvalidInput(f"time does not go back: advance by 0 seconds or more, not {seconds}")
         await self.idle()
         left_us = round(seconds * US_PER_S)
-        while (wait_us := self.hands.next_wake_us()) is not None and wait_us <= left_us:
-            self.hands.advance(wait_us / US_PER_S)
+        while (wait_us := self.clock.next_wake_us()) is not None and wait_us <= left_us:
+            self.clock.advance(wait_us / US_PER_S)
             left_us -= wait_us
             await self.idle()
-        self.hands.advance(left_us / US_PER_S)
+        self.clock.advance(left_us / US_PER_S)
         await self.idle()
 
     async def idle(self) -> None:
@@ -255,7 +255,6 @@ async def bus(types: Mapping[str, type] | Codec, topology: Topology) -> AsyncIte
             drain_s=DRAIN_S,
             listeners=[],
             database=database,
-            hands=clock,
             faults=Faults(),
             resting=asyncio.Lock(),
         )
