@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import msgspec
 import pytest
+import uvloop
 from sqlalchemy import text
 
 from holdfast.clock import ManualClock, SystemClock
@@ -236,6 +237,19 @@ async def test_two_tasks_may_wait_for_rest_at_once(bus: Bus) -> None:
     await send(bus, "one")
     await asyncio.gather(bus.drained(), bus.idle(), bus.drained())
     assert seen.texts == ["one"]
+
+
+def test_on_a_loop_that_does_not_show_what_is_ready() -> None:
+    async def main() -> tuple[list[str], list[float]]:
+        async with testing.bus(TYPES, TOPOLOGY) as bus:
+            seen = listen(
+                bus, broken=True, durable=RetryPolicy(tries=3, interval_ms=DAY_S * 1_000, interval_ms_max=1 << 40)
+            )
+            await send(bus, "bad")
+            await bus.advance(7 * DAY_S)
+            return [each.queue for each in await bus.parked()], seen.at
+
+    assert uvloop.run(main()) == ([QUEUE], [0, DAY_S, 2 * DAY_S])
 
 
 async def test_the_next_wake_forgets_who_was_cancelled() -> None:
