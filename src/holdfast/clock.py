@@ -83,6 +83,12 @@ class ManualClock:
             if not future.done():
                 future.set_result(None)
 
+    def next_wake_us(self) -> int | None:
+        """Microseconds until the next sleeper is due; None when nobody sleeps."""
+        while self._sleepers and self._sleepers[0][2].done():  # was cancelled meanwhile
+            heapq.heappop(self._sleepers)
+        return self._sleepers[0][0] - self._elapsed_us if self._sleepers else None
+
     def jump_wall(self, seconds: float) -> None:
         """Move only the wall clock, forward or back, as an operator or NTP would."""
         self._now_us += round(seconds * US_PER_S)

@@ -17,6 +17,7 @@ from sqlalchemy import URL, text
 
 from holdfast.db.connect import connect
 from holdfast.db.database import Database, Tx
+from holdfast.db.sqlite import MEMORY, SqliteDatabase
 from holdfast.errors import DatabaseInUse, HoldfastError, InvalidSettings, Unavailable
 from holdfast.settings import DatabaseSettings
 from tests.db.jars import content, make_jars, put, seen
@@ -316,3 +317,26 @@ asyncio.run(main())
     assert killed_by_itself(code)
     async with opened(path) as database:
         assert await content(database) == {"committed": 0}
+
+
+async def test_a_database_in_memory_survives_whoever_is_cancelled_at_any_moment() -> None:
+    database = await SqliteDatabase.open(MEMORY)
+
+    async def write() -> None:
+        async with database.transaction() as tx:
+            await tx.execute(text("INSERT INTO t VALUES (1)"))
+
+    async with database.transaction() as tx:
+        await tx.execute(text("CREATE TABLE t (n INTEGER)"))
+    for turns in range(40):
+        writer = asyncio.create_task(write())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        writer.cancel()
+        await asyncio.wait([writer])
+    async with database.read() as tx:
+        before = (await tx.execute(text("SELECT count(*) FROM t"))).scalar_one()
+    await write()
+    async with database.read() as tx:
+        assert (await tx.execute(text("SELECT count(*) FROM t"))).scalar_one() == before + 1
+    await database.close()

@@ -20,7 +20,7 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from holdfast.db.border import translate
-from holdfast.db.database import Dialect, Tx, committing, outlast
+from holdfast.db.database import Dialect, Tx, awaited, committing, outlast
 from holdfast.errors import DatabaseInUse, InvalidSettings, SchemaOutdated, Unavailable
 
 MEMORY = ":memory:"
@@ -84,6 +84,16 @@ class SqliteDatabase:
             finally:
                 await outlast(connection.rollback())
 
+    @property
+    def writing(self) -> bool:
+        """Whether a transaction is open."""
+        return self._turn.locked()
+
+    async def written(self) -> None:
+        """Wait until the transactions that are open or waiting now have ended; not to be called within one."""
+        async with self._write_turn():
+            pass
+
     async def close(self) -> None:
         if self._readers is not None:
             await self._readers.dispose()
@@ -119,7 +129,8 @@ async def _connected(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 async def _begin(connection: AsyncConnection) -> None:
     try:
-        await connection.begin()
+        # To the end, whoever cancels: a connection left half-way is thrown away, and a database in memory with it.
+        await outlast(awaited(connection.begin()))
     except Exception as error:
         raise translate(error) from error
 
