@@ -83,10 +83,10 @@ class Model:
         here = [each for each in self.lying if each.queue == queue and each.due <= self.now]
         return sorted(here, key=lambda each: (each.due, each.place))
 
-    def _targets(self, exchange: str, key: str) -> Collection[str]:
+    def _targets(self, exchange: str, key: str) -> list[str]:
         if not exchange:
-            return {key} & set(self.queues)
-        return reached(self.exchanges, self.bindings, exchange, key)
+            return [key] if key in self.queues else []
+        return sorted(reached(self.exchanges, self.bindings, exchange, key))
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
