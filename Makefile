@@ -38,7 +38,7 @@ check: $(READY)  ## Format, lint and types
 	@$(BIN)/mypy
 
 torture: $(READY) services  ## Kills, races and crashes with the full N; prints what was done
-	@TORTURE=full $(BIN)/python -m pytest tests/faults -m torture
+	@TORTURE=full $(BIN)/python -m pytest tests/faults tests/contract/test_model.py -m torture
 
 bench: $(READY) services  ## Orders per second against the hand-rolled baseline, as ratios in one run
 	@$(BIN)/python -m benchmarks.bench_orders

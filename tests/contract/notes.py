@@ -317,6 +317,13 @@ async def parked_messages(system: System, queue: str = QUEUE) -> list[Parked]:
         return [Parked(row.message_id, row.body, row.attempt, row.reason) for row in rows]
 
 
+async def parked_everywhere(system: System) -> list[tuple[str, str]]:
+    """The queue and message id of everything that was given up on, sorted."""
+    async with system.database.read() as tx:
+        rows = await tx.execute(select(parked.c.queue, parked.c.message_id))
+        return sorted((row.queue, row.message_id) for row in rows)
+
+
 async def parks(system: System, count: int = 1) -> list[Parked]:
     """Wait until so many messages were given up on; answers them."""
 

@@ -81,9 +81,8 @@ def times() -> Times:
     return lambda quick, full: full if FULL else quick
 
 
-@pytest.fixture
-def scenario(request: pytest.FixtureRequest) -> Iterator[Scenario]:
-    """This test's line in the table, with its seed."""
+def line_of(request: pytest.FixtureRequest) -> Iterator[Scenario]:
+    """A test's line in the table, with its seed; for a fixture to yield from."""
     chosen = os.environ.get("TORTURE_SEED")
     seed = int(chosen) if chosen else secrets.randbelow(1_000_000_000) if FULL else 1
     line = Scenario(request.node.name, seed)
@@ -91,6 +90,12 @@ def scenario(request: pytest.FixtureRequest) -> Iterator[Scenario]:
     yield line
     line.seconds = time.monotonic() - line.started
     request.config.stash.setdefault(SCENARIOS, []).append(line)
+
+
+@pytest.fixture
+def scenario(request: pytest.FixtureRequest) -> Iterator[Scenario]:
+    """This test's line in the table."""
+    yield from line_of(request)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -60,7 +60,7 @@ class QueueWriter:
         try:
             _refuse_unstorable(outgoing)
             reached = await routing.queues_for(tx, outgoing.message)
-            await self._rows.room_for(tx, reached)
+            await self._rows.room_for(tx, reached, delayed=outgoing.delay_ms > 0)
         except PublishRejected as error:
             return error
         return reached if reached or not outgoing.mandatory else _no_route(outgoing)

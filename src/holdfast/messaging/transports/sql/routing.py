@@ -42,7 +42,10 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
     queues: Mapping[str, Queue]
 
     def route(self, exchange: str, routing_key: str) -> Sequence[Queue]:
-        """The queues reached, over alternate exchanges too; raises `NoSuchExchange`."""
+        """The queues reached by name, over alternate exchanges too; raises `NoSuchExchange`.
+
+        A database gives bindings in any order: sorted, the copies of a message are written alike everywhere.
+        """
         if exchange == DEFAULT_EXCHANGE:
             return [self.queues[routing_key]] if routing_key in self.queues else []
         if exchange not in self.exchanges:
@@ -53,7 +56,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
             asked.add(at)
             reached = route(self.exchanges[at].kind, self.bindings.get(at, ()), routing_key)
             if reached:
-                return [self.queues[name] for name in reached]
+                return [self.queues[name] for name in sorted(reached)]
             at = self.exchanges[at].alternate
         return []
 

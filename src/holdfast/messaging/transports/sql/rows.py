@@ -32,11 +32,8 @@ _LOCK = Prepared(lambda _: select(queues.c.name).where(queues.c.name == bindpara
 
 
 def _ready(*columns: Any) -> Any:
-    return select(*columns).where(
-        messages.c.queue == bindparam("of_queue"),
-        messages.c.due_us <= bindparam("now_us"),
-        messages.c.lease.is_(None),
-    )
+    # What is held is not due before its lease ends; then it is as ready as any other.
+    return select(*columns).where(messages.c.queue == bindparam("of_queue"), messages.c.due_us <= bindparam("now_us"))
 
 
 def _oldest(_: Dialect) -> Executable:
@@ -61,15 +58,18 @@ class QueueRows:
         self._ids = ids
         self._tell = tell
 
-    async def room_for(self, tx: Tx, reached: Sequence[Queue]) -> None:
-        """Count one more message for the queues that refuse when full; raises `PublishRejected` and counts none."""
+    async def room_for(self, tx: Tx, reached: Sequence[Queue], *, delayed: bool) -> None:
+        """Count one more message for the queues that refuse when full; raises `PublishRejected` and counts none.
+
+        A delayed one is refused as well, but takes no room: only what is ready has a length.
+        """
         limited = [queue for queue in reached if queue.max_length is not None and queue.overflow == "reject-publish"]
         for queue in limited:
             if await self._length(tx, queue) >= (queue.max_length or 0):
                 raise PublishRejected(
                     f"queue {queue.name!r} is full: it has {queue.max_length} messages and overflow=reject-publish"
                 )
-        for queue in limited:
+        for queue in limited if not delayed else ():
             tx.memo["length", queue.name] += 1
 
     async def write(self, tx: Tx, sent: Sequence[tuple[Outgoing, Sequence[Queue]]]) -> Dues:

@@ -19,9 +19,9 @@ from holdfast.db.prepared import Prepared, among
 from holdfast.errors import AlreadySettled, HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.message import Delivery, Message, Settlement
-from holdfast.messaging.tables import messages, queues
+from holdfast.messaging.tables import messages
 from holdfast.messaging.topology import Queue
-from holdfast.messaging.transports.sql import parking
+from holdfast.messaging.transports.sql import active_consumer, parking
 from holdfast.messaging.transports.sql.lifetimes import Lifetimes
 from holdfast.messaging.transports.sql.rows import QueueRows
 from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
@@ -74,38 +74,6 @@ def _claim(_: Dialect) -> Executable:
     )
 
 
-def _activate(_: Dialect) -> Executable:
-    free = or_(
-        queues.c.active.is_(None),
-        queues.c.active == bindparam("consumer", type_=BigInteger),
-        queues.c.active_until_us <= bindparam("now_us"),
-    )
-    return (
-        update(queues)
-        .where(queues.c.name == bindparam("of_queue"), free)
-        .values(active=bindparam("consumer", type_=BigInteger), active_until_us=bindparam("until_us"))
-        .returning(queues.c.name)
-    )
-
-
-def _stay(_: Dialect) -> Executable:
-    return (
-        update(queues)
-        .where(queues.c.name == bindparam("of_queue"), queues.c.active == bindparam("consumer", type_=BigInteger))
-        .values(active_until_us=bindparam("until_us"))
-        .returning(queues.c.name)
-    )
-
-
-def _step_down(_: Dialect) -> Executable:
-    return (
-        update(queues)
-        .where(queues.c.name == bindparam("of_queue"), queues.c.active == bindparam("consumer", type_=BigInteger))
-        .values(active=null(), active_until_us=null())
-        .returning(queues.c.name)
-    )
-
-
 def _put_back(_: Dialect) -> Executable:
     return (
         update(messages)
@@ -128,6 +96,16 @@ def _moved(dialect: Dialect) -> Executable:
     )
 
 
+def _given_back(dialect: Dialect) -> Executable:
+    # Where it was in the queue before, as in RabbitMQ: what came after it stays behind it.
+    return (
+        update(messages)
+        .where(among(dialect, messages.c.id, "row_ids"), messages.c.lease == bindparam("held_lease"))
+        .values(due_us=messages.c.ready_us, lease=null())
+        .returning(messages.c.id)
+    )
+
+
 _CLAIM = Prepared(_claim)
 _SOONEST = Prepared(
     lambda _: select(func.min(messages.c.due_us).label("due_us")).where(
@@ -138,10 +116,8 @@ _DELETE = Prepared(
     lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")).returning(messages.c.id)
 )
 _PUT_BACK = Prepared(_put_back)
-_ACTIVATE = Prepared(_activate)
-_STAY = Prepared(_stay)
-_STEP_DOWN = Prepared(_step_down)
 _MOVE = Prepared(_moved)
+_GIVE_BACK = Prepared(_given_back)
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -304,11 +280,19 @@ class SqlSubscription:
     async def _is_active(self, tx: Tx, now_us: int) -> bool:
         until_us = now_us + self._lease_us
         return bool(
-            await _ACTIVATE.rows(tx, of_queue=self._queue, consumer=self._consumer, now_us=now_us, until_us=until_us)
+            await active_consumer.ACTIVATE.rows(
+                tx, of_queue=self._queue, consumer=self._consumer, now_us=now_us, until_us=until_us
+            )
         )
 
+    async def _stay(self, tx: Tx, requests: Sequence[None]) -> list[HoldfastError | None]:
+        """Remain the active consumer, if it is this one: also while it holds all it may and asks for no more."""
+        until_us = self._clock.now_us() + self._lease_us
+        await active_consumer.STAY.rows(tx, of_queue=self._queue, consumer=self._consumer, until_us=until_us)
+        return [None for _ in requests]
+
     async def _retire(self, tx: Tx, requests: Sequence[None]) -> list[HoldfastError | None]:
-        await _STEP_DOWN.rows(tx, of_queue=self._queue, consumer=self._consumer)
+        await active_consumer.STEP_DOWN.rows(tx, of_queue=self._queue, consumer=self._consumer)
         now_us = self._clock.now_us()
         tx.on_commit(lambda: self._tell({(self._queue, now_us)}))
         return [None for _ in requests]
@@ -394,11 +378,11 @@ class SqlSubscription:
         """Extend the leases of what is held, so that a slow handler keeps its message."""
         while True:
             await self._clock.sleep(self._lease_us / 3 / US_PER_S)
-            single = self._declared is not None and self._declared.single_active_consumer
-            if not self._held and not single:
-                continue
             try:
-                await self._group.submit(self._extend, list(self._held.values()))
+                if self._declared is not None and self._declared.single_active_consumer:
+                    await self._group.submit(self._stay, None)
+                if self._held:
+                    await self._group.submit(self._extend, list(self._held.values()))
             except HoldfastError as error:
                 log.warning("lease_not_renewed", queue=self._queue, error=error.code)
 
@@ -406,23 +390,25 @@ class SqlSubscription:
         due_us = self._clock.now_us() + self._lease_us
         for group in groups:
             await _move(tx, group, due_us, keep=True)
-        if self._declared is not None and self._declared.single_active_consumer:
-            await _STAY.rows(tx, of_queue=self._queue, consumer=self._consumer, until_us=due_us)
         return [None for _ in groups]
 
     async def _give_back(self, tx: Tx, groups: Sequence[Sequence[Receipt]]) -> list[HoldfastError | None]:
         now_us = self._clock.now_us()
-        for group in groups:
-            await _move(tx, group, now_us, keep=False)
+        for lease, row_ids in _by_lease([receipt for group in groups for receipt in group]):
+            await _GIVE_BACK.rows(tx, row_ids=row_ids, held_lease=lease)
         tx.on_commit(lambda: self._tell({(self._queue, now_us)}))
         return [None for _ in groups]
 
 
 async def _move(tx: Tx, receipts: Sequence[Receipt], due_us: int, *, keep: bool) -> None:
     """Set when messages are due again, under the leases they are held by, and keep or drop these."""
-    for lease in {receipt.lease for receipt in receipts}:
-        row_ids = [receipt.row_id for receipt in receipts if receipt.lease == lease]
+    for lease, row_ids in _by_lease(receipts):
         await _MOVE.rows(tx, row_ids=row_ids, held_lease=lease, to_us=due_us, to_lease=lease if keep else None)
+
+
+def _by_lease(receipts: Sequence[Receipt]) -> list[tuple[int, list[int]]]:
+    leases = {receipt.lease for receipt in receipts}
+    return [(lease, [each.row_id for each in receipts if each.lease == lease]) for lease in leases]
 
 
 async def _held(tx: Tx, settlement: Settlement) -> Sequence[Any]:
