@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
-import msgspec
 from sqlalchemy import insert, select
 
 from holdfast.clock import US_PER_S, ManualClock, SystemClock
@@ -35,6 +34,7 @@ from holdfast.messaging.tables import HISTORY, messages
 from holdfast.messaging.toolkit import Messaging
 from holdfast.messaging.topology import MILLISECONDS_MAX, Topology
 from holdfast.messaging.transports.sql.insight import overview
+from holdfast.messaging.transports.sql.rows import message_of
 from holdfast.messaging.transports.sql.transport import SqlTransport
 from holdfast.settings import MessagingSettings
 
@@ -83,17 +83,8 @@ class Bus(Messaging, frozen=True, kw_only=True):
 
     def listen(self, listen: Listen) -> Listener:
         """Start a listener; it stops with the block."""
-        listener = FaultyListener(
-            listen,
-            transport=self.transport,
-            group=self.group,
-            inbox=self.inbox,
-            codec=self.codec,
-            clock=self.clock,
-            recover=self.recover,
-        )
+        listener = self._prepared(FaultyListener, listen)
         listener.script(self.faults, self._copy)
-        self.listeners.append(listener)
         listener.start()
         return listener
 
@@ -185,21 +176,7 @@ class Bus(Messaging, frozen=True, kw_only=True):
             waiting = waiting.where(messages.c.due_us <= self.clock.now_us())
         async with self.database.read() as tx:
             rows = (await tx.execute(waiting.order_by(messages.c.due_us, messages.c.id))).all()
-        return [
-            self._body(
-                Message(
-                    exchange=row.exchange,
-                    routing_key=row.routing_key,
-                    body=row.body,
-                    message_id=row.message_id,
-                    timestamp_us=row.published_us,
-                    type=row.type,
-                    content_type=row.content_type,
-                    headers=msgspec.json.decode(row.headers, type=dict[str, str]),
-                )
-            )
-            for row in rows
-        ]
+        return [self._body(message_of(row)) for row in rows]
 
     async def parked(self, queue: str | None = None) -> list[ParkedMessage]:
         """What was given up on and is still in the error store, oldest first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ from holdfast.messaging.transports.registry import sql_transport
 from holdfast.messaging.transports.sql.transport import SqlTransport
 from holdfast.settings import DatabaseSettings, MessagingSettings
 
+L = TypeVar("L", bound=Listener)
+
 
 class Messaging(msgspec.Struct, frozen=True, kw_only=True):
     """The running toolkit."""
@@ -47,7 +49,13 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
 
     def listen(self, listen: Listen) -> Listener:
         """Start a listener; it stops with the toolkit."""
-        listener = Listener(
+        listener = self._prepared(Listener, listen)
+        listener.start()
+        return listener
+
+    def _prepared(self, kind: type[L], listen: Listen) -> L:
+        """A listener with the toolkit's parts, which stops with it and is still to be started."""
+        listener = kind(
             listen,
             transport=self.transport,
             group=self.group,
@@ -57,7 +65,6 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
             recover=self.recover,
         )
         self.listeners.append(listener)
-        listener.start()
         return listener
 
     def requester(self) -> Requester:

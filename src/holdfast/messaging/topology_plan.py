@@ -36,13 +36,8 @@ def plan(actual: Topology, wanted: Topology, *, prune: bool = False) -> list[Cha
         if each not in bound
     ]
     if prune:
-        keep = {_key(each) for each in wanted.bindings}
-        ours = {each.name for each in wanted.queues}
-        changes += [
-            Change(action="remove", what="binding", name=_told(each))
-            for each in sorted(bound - keep)
-            if each[1] in ours
-        ]
+        unwanted = sorted({_key(each) for each in surplus(actual, wanted)})
+        changes += [Change(action="remove", what="binding", name=_told(each)) for each in unwanted]
     return changes
 
 

@@ -87,10 +87,7 @@ class Lifetimes:
     async def _run(self) -> None:
         while True:
             try:
-                async with self._database.transaction() as tx:
-                    await self._touch(tx)
-                    await self._remove_unused(tx)
-                    soon_us = await self._next_end(tx)
+                soon_us = await self._keep_and_remove()
             except HoldfastError as error:
                 log.warning("queue_lifetimes_failed", error=error.code, detail=error.detail)
                 soon_us = None
@@ -98,6 +95,16 @@ class Lifetimes:
             if soon_us is not None:
                 wait_us = max(10_000, min(wait_us, soon_us - self._clock.now_us()))
             await self._clock.sleep(wait_us / US_PER_S)
+
+    async def _keep_and_remove(self) -> int | None:
+        """Answers when the next queue ends; where none may pass, as in most programs, nothing is written."""
+        async with self._database.read() as tx:
+            if not any(queue.passes for queue in (await routing.known_to(tx)).queues.values()):
+                return None
+        async with self._database.transaction() as tx:
+            await self._touch(tx)
+            await self._remove_unused(tx)
+            return await self._next_end(tx)
 
     async def _touch(self, tx: Tx) -> None:
         used = or_(queues.c.owner == self._instance, queues.c.name.in_(sorted(self._passing)))

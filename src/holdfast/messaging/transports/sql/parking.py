@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, insert, null, update
 from holdfast.db.database import Tx
 from holdfast.ids import ID_MAX, IdSource
 from holdfast.messaging.fingerprint import fingerprint, group_key
-from holdfast.messaging.message import HEADER_PARKED_ID, Settlement
+from holdfast.messaging.message import HEADER_PARKED_ID, Settlement, handed_on
 from holdfast.messaging.tables import messages, parked, parked_audit
 
 QUEUE_ACTOR = "holdfast"  # in the audit: no human did it
@@ -58,10 +58,10 @@ async def done(tx: Tx, acked: Sequence[Settlement], now_us: int, ids: IdSource) 
         await _end(tx, delivery.receipt.row_id, delivery.message.headers, "done", now_us, ids)
 
 
-async def moved_on(tx: Tx, row_id: int, headers: Mapping[str, str], now_us: int, ids: IdSource) -> dict[str, str]:
+async def moved_on(tx: Tx, row_id: int, headers: Mapping[str, str], now_us: int, ids: IdSource) -> Mapping[str, str]:
     """A replayed message left its queue as a dead letter: its row is done; answers the headers without its id."""
     await _end(tx, row_id, headers, "dead-lettered", now_us, ids)
-    return {name: value for name, value in headers.items() if name != HEADER_PARKED_ID}
+    return handed_on(headers)
 
 
 async def _end(tx: Tx, row_id: int, headers: Mapping[str, str], action: str, now_us: int, ids: IdSource) -> None:

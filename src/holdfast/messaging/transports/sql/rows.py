@@ -26,6 +26,7 @@ EXPIRY = "amq.expiry"  # whoever waits for messages to expire hears of them unde
 
 log = observe.logger("sql_transport")
 
+_headers = msgspec.json.Decoder(dict[str, str]).decode
 _INSERT = insert_all(messages)
 _DELETE = Prepared(lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")))
 _LOCK = Prepared(lambda _: select(queues.c.name).where(queues.c.name == bindparam("of_queue")).with_for_update())
@@ -96,7 +97,8 @@ class QueueRows:
         limits: dict[str, Queue] = {}
         for row in rows:
             queue = known.queues.get(row.queue) or Queue(name=row.queue)
-            headers = msgspec.json.decode(row.headers, type=dict[str, str])
+            message = message_of(row)
+            headers = message.headers
             if queue.dead_letter_exchange is None:
                 if reason == "rejected":
                     await self.park(tx, row, told or "rejected, and its queue has no dead-letter exchange")
@@ -122,7 +124,14 @@ class QueueRows:
                 if goes_in_circles(history, target.name):
                     log.warning("dead_letter_in_circles", queue=target.name, message_id=row.message_id)
                     continue
-                again.append(self._again(row, queue, target, headers, now_us))
+                letter = msgspec.structs.replace(
+                    message,
+                    exchange=queue.dead_letter_exchange,
+                    routing_key=_dead_key(queue, row),
+                    headers=headers,
+                )
+                # What a publisher said about its expiry is over with its first death.
+                again.append(self._row(Outgoing(message=letter), target, now_us))
                 if _drops(target):
                     limits[target.name] = target
         if rows:
@@ -199,19 +208,19 @@ class QueueRows:
             "published_us": message.timestamp_us,
         }
 
-    def _again(self, row: Any, queue: Queue, target: Queue, headers: dict[str, str], now_us: int) -> dict[str, Any]:
-        """The dead letter's row; what a publisher said about its expiry is over with its first death."""
-        message = Message(
-            exchange=queue.dead_letter_exchange or "",
-            routing_key=_dead_key(queue, row),
-            body=row.body,
-            message_id=row.message_id,
-            timestamp_us=row.published_us,
-            type=row.type,
-            content_type=row.content_type,
-            headers=headers,
-        )
-        return self._row(Outgoing(message=message), target, now_us)
+
+def message_of(row: Any) -> Message:
+    """The message that a row of `messages` holds."""
+    return Message(
+        exchange=row.exchange,
+        routing_key=row.routing_key,
+        body=row.body,
+        message_id=row.message_id,
+        timestamp_us=row.published_us,
+        type=row.type,
+        content_type=row.content_type,
+        headers=_headers(row.headers),
+    )
 
 
 def _dead_key(queue: Queue, row: Any) -> str:

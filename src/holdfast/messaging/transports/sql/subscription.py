@@ -18,12 +18,12 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.db.prepared import Prepared, among
 from holdfast.errors import AlreadySettled, HoldfastError
 from holdfast.ids import IdSource
-from holdfast.messaging.message import Delivery, Message, Settlement
+from holdfast.messaging.message import Delivery, Settlement
 from holdfast.messaging.tables import messages
 from holdfast.messaging.topology import Queue
 from holdfast.messaging.transports.sql import active_consumer, parking
 from holdfast.messaging.transports.sql.lifetimes import Lifetimes
-from holdfast.messaging.transports.sql.rows import QueueRows
+from holdfast.messaging.transports.sql.rows import QueueRows, message_of
 from holdfast.messaging.transports.sql.wakeups import Waiter, Wakeups
 
 SUSPECT_CRASHES = 2
@@ -303,18 +303,8 @@ class SqlSubscription:
             self._suspects.add(row.id)
         self._held[row.id] = receipt
         self._in_flight.inc()
-        message = Message(
-            exchange=row.exchange,
-            routing_key=row.routing_key,
-            body=row.body,
-            message_id=row.message_id,
-            timestamp_us=row.published_us,
-            type=row.type,
-            content_type=row.content_type,
-            headers=msgspec.json.decode(row.headers, type=dict[str, str]),
-        )
         return Delivery(
-            message=message, queue=self._queue, attempt=row.attempt, deliveries=row.deliveries, receipt=receipt
+            message=message_of(row), queue=self._queue, attempt=row.attempt, deliveries=row.deliveries, receipt=receipt
         )
 
     async def _settle_groups(self, tx: Tx, groups: Sequence[Sequence[Settlement]]) -> list[HoldfastError | None]:
