@@ -49,7 +49,7 @@ class IdSource:
 
     def message_id(self) -> str:
         """One new message id: an id in hexadecimal followed by 64 random bits, unique across all producers."""
-        return f"{self.next():016x}{secrets.token_hex(8)}"
+        return f"{self.next():016x}{secrets.randbits(64):016x}"
 
 
 class SharedIdSource(IdSource):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -191,6 +191,9 @@ class RepliesLost:
             yield tx
         if self.losing:
             raise OutcomeUnknown("the reply to COMMIT was lost")
+
+    def single(self) -> AbstractAsyncContextManager[Tx]:
+        return self.transaction()
 
     @asynccontextmanager
     async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -95,6 +95,9 @@ class Troubled:
                 raise trouble
         if trouble is not None:
             raise trouble
+
+    def single(self) -> AbstractAsyncContextManager[Tx]:
+        return self.transaction()
 
     def read(self, *, snapshot: bool = False) -> Any:
         return self._database.read(snapshot=snapshot)

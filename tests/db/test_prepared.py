@@ -7,11 +7,11 @@ from sqlalchemy import Text, bindparam, select, update
 
 from holdfast.db.border import ConstraintFailed
 from holdfast.db.database import Database
-from holdfast.db.prepared import Prepared, among, insert, insert_all, rows_of
+from holdfast.db.prepared import InsertAll, Prepared, among, insert, rows_of
 from holdfast.errors import Conflict, HoldfastError
 from tests.db.jars import content, jars, make_jars
 
-PUT = insert_all(jars)
+PUT = InsertAll(jars)
 FIND = Prepared(lambda dialect: select(jars).where(among(dialect, jars.c.name, "names")).order_by(jars.c.name))
 GIVEN = Prepared(lambda dialect: select(rows_of(dialect, "names", Text()).c.value))
 ADD = Prepared(

@@ -6,7 +6,7 @@ import asyncio
 import random
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 import msgspec
 import pytest
@@ -292,6 +292,9 @@ class Inside:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Tx]:
         yield self._tx
+
+    def single(self) -> AbstractAsyncContextManager[Tx]:
+        return self.transaction()
 
     @asynccontextmanager
     async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:

@@ -7,7 +7,7 @@ it, and leaving the block commits. `async with db.read() as tx` reads outside of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -28,11 +28,13 @@ class Tx:
     """One open transaction; valid only inside the block that opened it."""
 
     takes_text: ClassVar[bool] = True  # `Prepared` may hand its text to the driver, not only its statement to `execute`
+    copies = True
     deferred = False  # on SQLite: it is open and may not hold the write lock yet
 
     def __init__(self, connection: AsyncConnection, dialect: Dialect) -> None:
         self.connection = connection
         self.dialect = dialect
+        self.copies = dialect == "postgresql" and type(self).copies  # whether `copy` may be used
         self.memo: dict[Any, Any] = {}  # what was read in this transaction and cannot change during it
         self.void: Exception | None = None  # what a statement failed with; the transaction can only be rolled back
         self._after_commit: list[Callable[[], None]] = []
@@ -63,6 +65,11 @@ class Tx:
         else:
             await (await self._run(driver.executemany(text, arguments))).close()
 
+    async def copy(self, table: str, columns: Sequence[str], rows: Collection[Sequence[Any]]) -> None:
+        """Insert rows by PostgreSQL's COPY, on the driver; for `InsertAll`. Raises as `execute` does."""
+        driver = await self._on_driver()
+        await self._run(driver.copy_records_to_table(table, columns=columns, records=rows))
+
     def refuse_void(self) -> None:
         """Raise what a statement of this transaction failed with, if one did."""
         if self.void is not None:
@@ -84,7 +91,7 @@ class Tx:
         """
         self._after_commit.append(callback)
 
-    async def _run(self, statement: Awaitable[T]) -> T:
+    async def _run(self, statement: Coroutine[Any, Any, T]) -> T:
         try:
             if self.dialect == "sqlite":
                 # The statement runs in a thread that cannot be stopped; leaving it behind would lose the connection.
@@ -113,6 +120,23 @@ class Tx:
                 log.exception("after_commit_failed")  # the commit stands, whatever a wake-up does
 
 
+class SingleTx(Tx):
+    """A transaction that its one statement commits."""
+
+    _spent = False
+
+    async def _run(self, statement: Coroutine[Any, Any, T]) -> T:
+        if self._spent:
+            statement.close()
+            raise RuntimeError("a second statement in single(); use transaction()")
+        self._spent = True
+        try:
+            return await statement
+        except Exception as error:
+            self.void = translate_commit(error)
+            raise self.void from self.void.__cause__
+
+
 class Database(Protocol):
     """What both databases promise."""
 
@@ -123,6 +147,14 @@ class Database(Protocol):
 
         Raises `Unavailable` when nothing was committed, `OutcomeUnknown` when the reply to COMMIT was lost, `Conflict`
         when another writer won. After any of them the caller decides: nothing is retried here.
+        """
+        ...
+
+    def single(self) -> AbstractAsyncContextManager[Tx]:
+        """Open a transaction for one statement, which may write: it is committed with its own reply.
+
+        On PostgreSQL that saves the round trips of BEGIN and COMMIT. The statement itself raises `OutcomeUnknown` when
+        its reply was lost; a second one in the block raises `RuntimeError`.
         """
         ...
 

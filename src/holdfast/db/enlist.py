@@ -65,6 +65,7 @@ class _Enlisted(Tx):
     """Somebody else's transaction."""
 
     blocks: ClassVar[bool] = False
+    copies = False  # COPY is not for us to begin on any handle that may come
 
     async def _run(self, statement: Awaitable[T]) -> T:
         try:

@@ -10,7 +10,7 @@ import asyncio
 import copy
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from holdfast import observe
@@ -37,8 +37,15 @@ log = observe.logger("group_commit")
 class _Job:
     __slots__ = ("answer", "arrived", "decide", "request", "trace")
 
-    def __init__(self, decide: Decide[Any, Any], request: Any, arrived: float, answer: asyncio.Future[Any]) -> None:
-        self.trace = observe.trace_headers()
+    def __init__(
+        self,
+        decide: Decide[Any, Any],
+        request: Any,
+        arrived: float,
+        answer: asyncio.Future[Any],
+        trace: Mapping[str, str],
+    ) -> None:
+        self.trace = trace
         self.decide = decide
         self.request = request
         self.arrived = arrived
@@ -85,20 +92,52 @@ class GroupCommit:
         `ShuttingDown`, `Unavailable`, `Conflict` or `OutcomeUnknown`. A caller that is cancelled before its batch began
         leaves no trace; afterwards the request is decided all the same.
         """
-        if self._worker is not None and asyncio.current_task() is self._worker:
-            raise InvalidInput(
-                "this is called from within a transaction of the same writer, which would wait for itself; "
-                "use the transaction at hand: outbox.add(tx, ...) instead of publisher.publish(...)"
-            )
+        self._refuse_own()
+        return await self._hand_in(decide, request, observe.trace_headers())
+
+    async def submit_all(self, decide: Decide[Q, A], requests: Sequence[Q]) -> list[A | Exception]:
+        """Hand in several requests that are independent of each other; answers each, a failure in its place.
+
+        Each is decided as if it had been submitted alone, at a fraction of what a task for each would cost. Raises
+        only `InvalidInput`, as `submit` does.
+        """
+        self._refuse_own()
+        trace = observe.trace_headers()
+        handed_in: list[asyncio.Future[A] | HoldfastError] = []
+        for request in requests:
+            try:
+                handed_in.append(self._hand_in(decide, request, trace))
+            except HoldfastError as error:
+                handed_in.append(error)
+        answers: list[A | Exception] = []
+        try:
+            for each in handed_in:
+                answer = each if isinstance(each, HoldfastError) else await _outcome(each)
+                answers.append(answer)  # one by one: a cancelled caller has to know how far it came
+        except asyncio.CancelledError:
+            for each in handed_in[len(answers) :]:
+                if isinstance(each, asyncio.Future):
+                    each.cancel()
+            raise
+        return answers
+
+    def _hand_in(self, decide: Decide[Q, A], request: Q, trace: Mapping[str, str]) -> asyncio.Future[A]:
         if self._closing:
             raise ShuttingDown("this process is stopping; try again elsewhere")
         if len(self._waiting) >= self._queue_max:
             observe.queue_refusals.labels(self._name).inc()
             raise Overloaded(f"{self._queue_max} requests wait already; try again in a moment")
         answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Job(decide, request, self._clock.monotonic(), answer))
+        self._waiting.append(_Job(decide, request, self._clock.monotonic(), answer, trace))
         self._arrival.set()
-        return await answer
+        return answer
+
+    def _refuse_own(self) -> None:
+        if self._worker is not None and asyncio.current_task() is self._worker:
+            raise InvalidInput(
+                "this is called from within a transaction of the same writer, which would wait for itself; "
+                "use the transaction at hand: outbox.add(tx, ...) instead of publisher.publish(...)"
+            )
 
     def _ended(self, worker: asyncio.Task[None]) -> None:
         """Nobody may wait for a worker that is gone."""
@@ -203,6 +242,13 @@ async def _own_failures(decide: Decide[Any, Any], tx: Tx, requests: Sequence[Any
         if tx.void is None:
             raise _OwnFailure(error) from error
         raise
+
+
+async def _outcome(answer: Awaitable[A]) -> A | Exception:
+    try:
+        return await answer
+    except Exception as error:
+        return error
 
 
 def _give(job: _Job, answer: Any) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from holdfast.db.border import translate
-from holdfast.db.database import Dialect, Tx, committing, outlast
+from holdfast.db.database import Dialect, SingleTx, Tx, committing, outlast
 from holdfast.errors import InvalidSettings, Unavailable, UnsafeDatabase
 
 # A setting that is off gives an acknowledgement before the row is on the disk.
@@ -81,6 +81,15 @@ class PostgresDatabase:
             opened = await _begin(connection)
             async with committing(Tx(connection, "postgresql"), opened.commit, opened.rollback) as tx:
                 yield tx
+
+    @asynccontextmanager
+    async def single(self) -> AsyncIterator[Tx]:
+        async with self._connection() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            tx = SingleTx(connection, "postgresql")
+            yield tx
+            tx.refuse_void()
+            tx.committed()
 
     @asynccontextmanager
     async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:

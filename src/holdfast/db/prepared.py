@@ -8,7 +8,7 @@ built anew, 150 us for the same object again, 35 us on the driver; an INSERT 310
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from sqlalchemy.types import TypeEngine
 
 from holdfast.db.database import Dialect, Tx
 
+COPY_FROM = 50  # rows
+
 _COMPILERS = {"postgresql": asyncpg_dialect, "sqlite": aiosqlite_dialect}
 
 
@@ -30,6 +32,7 @@ class _Compiled(NamedTuple):
     text: str
     names: tuple[str, ...]  # parameters in the driver's order
     defaults: Mapping[str, Any]  # values that are part of the statement
+    row_names: tuple[str, ...]  # none where the statement answers nothing
     row: Callable[[Iterable[Any]], Any]
     pick: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # parameters of one of many rows, no lists among them
 
@@ -52,7 +55,8 @@ class Prepared:
             found = await tx.fetch(compiled.text, _arguments(compiled, tx.dialect, values))
         else:
             named = {name: _encoded(value, tx.dialect) for name, value in values.items()}
-            found = (await tx.execute(compiled.statement, named)).all()
+            result = await tx.execute(compiled.statement, named)
+            found = result.all() if compiled.row_names else []
         return [compiled.row(each) for each in found]
 
     async def many(self, tx: Tx, rows: Collection[Mapping[str, Any]]) -> None:
@@ -74,13 +78,42 @@ class Prepared:
             columns = [entry.keyname for entry in compiled._result_columns]
             row = namedtuple("Row", columns, rename=True)  # type: ignore[misc]  # named at run time
             pick = _picker(names, defaults)
-            self._compiled[dialect] = _Compiled(statement, str(compiled), names, defaults, row._make, pick)
+            self._compiled[dialect] = _Compiled(
+                statement, str(compiled), names, defaults, tuple(columns), row._make, pick
+            )
         return self._compiled[dialect]
 
 
-def insert_all(table: Any) -> Prepared:
-    """The plain INSERT of whole rows."""
-    return Prepared(lambda _: table.insert().values({each.name: bindparam(each.name) for each in table.columns}))
+class InsertAll(Prepared):
+    """The plain INSERT of whole rows.
+
+    On PostgreSQL many rows go by COPY, which costs the server a third (measured with rows of hf_message, 200 at a time:
+    5.6 us each against 15.7 us); few do not, since it takes one round trip more.
+    """
+
+    def __init__(self, table: Any) -> None:
+        super().__init__(lambda _: table.insert().values({each.name: bindparam(each.name) for each in table.columns}))
+        self._table: str = table.name
+        self._columns = tuple(each.name for each in table.columns)
+        self._pick = itemgetter(*self._columns)
+
+    async def many(self, tx: Tx, rows: Collection[Mapping[str, Any]]) -> None:
+        """Insert rows given by column name."""
+        if len(rows) >= COPY_FROM and tx.copies:
+            await tx.copy(self._table, self._columns, [self._pick(row) for row in rows])
+        else:
+            await super().many(tx, rows)
+
+    async def tuples(self, tx: Tx, rows: Collection[Sequence[Any]]) -> None:
+        """Insert rows whose values stand in the order of the table's columns."""
+        if len(rows) >= COPY_FROM and tx.copies:
+            await tx.copy(self._table, self._columns, rows)
+        elif rows and tx.takes_text:
+            compiled = self._compile(tx.dialect)
+            assert compiled.names == self._columns
+            await tx.run_many(compiled.text, list(rows))
+        else:
+            await super().many(tx, [dict(zip(self._columns, row, strict=True)) for row in rows])
 
 
 def insert(dialect: Dialect, table: Any) -> postgresql.Insert | sqlite.Insert:

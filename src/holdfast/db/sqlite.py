@@ -10,7 +10,7 @@ import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -70,6 +70,9 @@ class SqliteDatabase:
             await _begin(connection)
             async with committing(Tx(connection, "sqlite"), connection.commit, connection.rollback) as tx:
                 yield tx
+
+    def single(self) -> AbstractAsyncContextManager[Tx]:
+        return self.transaction()
 
     @asynccontextmanager
     async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:

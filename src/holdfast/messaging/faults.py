@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any
 
 from holdfast.db.database import Tx
 from holdfast.errors import InvalidInput
-from holdfast.messaging.listener import Listener
+from holdfast.messaging.listener import Listener, Work
 from holdfast.messaging.message import Delivery, Settlement, ack
 from holdfast.messaging.transport import Subscription
 
@@ -163,18 +162,19 @@ class FaultyListener(Listener):
             FaultySubscription(subscription, listen.queue, self._faults, self._copy, prefetch=listen.prefetch)
         )
 
-    def _handler(self, subscription: Subscription, delivery: Delivery, body: Any) -> Callable[[], Awaitable[None]]:
-        call = super()._handler(subscription, delivery, body)
+    async def _call(self, work: Work) -> None:
+        if (failure := self._faults.failure(work.delivery.queue)) is None:
+            await super()._call(work)
+            return
+        if self._listen.ack == "none":  # such a message is acked before its handler is called, whatever follows
+            await work.settler.settle([ack(work.delivery)])
+        raise failure
 
-        async def scripted() -> None:
-            if (failure := self._faults.failure(delivery.queue)) is None:
-                await call()
-                return
-            if self._listen.ack == "none":  # such a message is acked before its handler is called, whatever follows
-                await self._settle(subscription, ack(delivery))
-            raise failure
-
-        return scripted
+    async def _call_all(self, works: Sequence[Work]) -> list[Exception | None]:
+        failures = [self._faults.failure(work.delivery.queue) for work in works]
+        spared = [work for work, failure in zip(works, failures, strict=True) if failure is None]
+        outcomes = iter(await super()._call_all(spared))
+        return [failure or next(outcomes) for failure in failures]
 
 
 def _positive(name: str, count: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -30,6 +30,7 @@ from holdfast.messaging.message import Delivery, Settlement, ack, park, retry
 from holdfast.messaging.pacing import Keys, Outage, Slots
 from holdfast.messaging.recover import Recoverer, describe
 from holdfast.messaging.retry import Retry, RetryPolicy, is_fatal
+from holdfast.messaging.settler import Settler
 from holdfast.messaging.transport import Subscription, Transport
 
 Effect = Callable[[Tx, Sequence[Any]], Awaitable[None]]
@@ -86,6 +87,24 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput(f"listener {self.name!r} handles {sorted(kind.__name__ for kind in both)} twice")
 
 
+class Work:
+    """A delivery on its way: what it says, who handles it, and where it is settled."""
+
+    __slots__ = ("body", "delivery", "handler", "is_effect", "settler", "subscription")
+
+    def __init__(self, delivery: Delivery, subscription: Subscription, settler: Settler) -> None:
+        self.delivery = delivery
+        self.subscription = subscription
+        self.settler = settler
+        self.body: Any = None
+        self.handler: Any = None
+        self.is_effect = False
+
+    async def settle(self, settlement: Settlement) -> None:
+        """Settle it in the handler's name, at once."""
+        await self.subscription.settle([settlement])
+
+
 class Listener:
     """Runs one `Listen` until stopped."""
 
@@ -113,6 +132,10 @@ class Listener:
         self._slots = Slots(listen.concurrency)
         self._keys = Keys()
         self._outage = Outage(listen.outage_after, listen.outage_wait_ms / 1_000)
+        self._handlers: dict[type, tuple[bool, Any]] = {
+            **{kind: (True, effect) for kind, effect in listen.effects.items()},
+            **{kind: (False, handler) for kind, handler in listen.plain.items()},
+        }
         self._prefetch = listen.prefetch
         self._running: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
@@ -178,6 +201,7 @@ class Listener:
                 await self._pause(AWAY_S)
 
     async def _take_all(self, subscription: Subscription) -> None:
+        settler = Settler(subscription, lambda: self._pause(AWAY_S), self._stopping)
         try:
             while not self._stopping.is_set():
                 try:
@@ -188,43 +212,74 @@ class Listener:
                     log.warning("queue_unavailable", queue=self._listen.queue, error=error.code, detail=error.detail)
                     await self._pause(AWAY_S)
                     continue
-                for delivery in deliveries:
-                    task = asyncio.create_task(self._process(subscription, delivery))
-                    self._running.add(task)
-                    task.add_done_callback(self._running.discard)
+                self._begin(subscription, settler, deliveries)
         finally:
-            if self._running:
-                await asyncio.wait(self._running)
-
-    async def _process(self, subscription: Subscription, delivery: Delivery) -> None:
-        """See one delivery to its end; whatever happens here, an unsettled message comes again."""
-        with observe.trace_from(delivery.message.headers):
-            settlement = await self._handle(subscription, delivery)
-            if settlement is not None:
-                await self._settle(subscription, settlement)
-
-    async def _settle(self, subscription: Subscription, settlement: Settlement) -> bool:
-        """Settle, asking again while the transport is away (twice does no harm); False when that was given up."""
-        while True:
             try:
-                await subscription.settle([settlement])
-            except HoldfastError as error:
-                log.warning("settle_failed", queue=settlement.delivery.queue, error=error.code, detail=error.detail)
-                if self._stopping.is_set() or not error.retryable:
-                    return False
-                await self._pause(AWAY_S)
-            else:
-                return True
+                if self._running:
+                    await asyncio.wait(self._running)
+            finally:
+                await settler.finish()
 
-    async def _handle(self, subscription: Subscription, delivery: Delivery) -> Settlement | None:
-        """Run the handler and say how to settle; None when that is done already or not ours to do."""
-        try:
-            body = self._codec.decode(delivery.message)
-            call = self._handler(subscription, delivery, body)
-        except CannotDecode as error:
-            return await self._recover(delivery, error)
-        async with self._keys.turn(self._listen.key(body) if self._listen.key is not None else None):
-            failure = await self._try_locally(delivery, call)
+    def _begin(self, subscription: Subscription, settler: Settler, deliveries: Sequence[Delivery]) -> None:
+        """Start the work on each delivery; effects go together, since one transaction is to take many of them."""
+        together: list[Work] = []
+        for delivery in deliveries:
+            work = Work(delivery, subscription, settler)
+            try:
+                work.body = self._codec.decode(delivery.message)
+                work.is_effect, work.handler = self._handler(delivery, work.body)
+            except CannotDecode as error:
+                self._spawn(self._give_up(work, error))
+                continue
+            if work.is_effect and not self._outage.on:
+                together.append(work)
+            else:
+                self._spawn(self._one(work))
+        if together:
+            self._spawn(self._all(together))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def _handler(self, delivery: Delivery, body: Any) -> tuple[bool, Any]:
+        handler = self._handlers.get(type(body))
+        if handler is None:
+            raise CannotDecode(f"listener {self._listen.name!r} has no handler for type {delivery.message.type!r}")
+        return handler
+
+    async def _give_up(self, work: Work, error: Exception) -> None:
+        with observe.trace_from(work.delivery.message.headers):
+            work.settler.add(await self._recover(work.delivery, error))
+
+    async def _all(self, works: list[Work]) -> None:
+        """See effects to their end: many in one transaction, and those that fail one by one again."""
+        for work, failure in zip(works, await self._call_all(works), strict=True):
+            if failure is None:
+                self._outage.worked()
+            else:
+                self._count(failure, again=work.delivery.attempt > 1)
+                self._spawn(self._one(work, failure))
+
+    async def _one(self, work: Work, failure: Exception | None = None) -> None:
+        """See one delivery to its end; whatever happens here, an unsettled message comes again.
+
+        `failure` is what a first call of the handler failed with, if there was one.
+        """
+        with observe.trace_from(work.delivery.message.headers):
+            key = self._listen.key
+            if key is None:
+                failure = await self._try_locally(work, failure)
+            else:
+                async with self._keys.turn(key(work.body)):
+                    failure = await self._try_locally(work, failure)
+            settlement = await self._settlement(work.delivery, failure)
+            if settlement is not None:
+                work.settler.add(settlement)
+
+    async def _settlement(self, delivery: Delivery, failure: Exception | None) -> Settlement | None:
+        """How to settle; None when that is done already or not ours to do."""
         if self._listen.ack != "auto":
             if failure is not None and not isinstance(failure, ShuttingDown):
                 log.error("handler_failed", queue=delivery.queue, error=repr(failure)[:300], ack=self._listen.ack)
@@ -233,84 +288,86 @@ class Listener:
             return None if delivery.settled else ack(delivery)
         return await self._after_failure(delivery, failure)
 
-    def _handler(self, subscription: Subscription, delivery: Delivery, body: Any) -> Callable[[], Awaitable[None]]:
-        kind = type(body)
-        if kind in self._listen.effects:
-            return lambda: self._group.submit(self._apply, (subscription, delivery, body))
-        if kind in self._listen.plain:
-            handler = self._listen.plain[kind]
+    async def _try_locally(self, work: Work, failure: Exception | None) -> Exception | None:
+        """Call until it succeeds or the local policy gives up; answers the last error."""
+        attempt = 1
+        while True:
+            if failure is None:
+                failure = await self._carefully(work, again=attempt > 1 or work.delivery.attempt > 1)
+                if failure is None:
+                    return None
+            wait_ms = None
+            if self._listen.ack == "auto" and not isinstance(failure, (Retry, ShuttingDown)):
+                wait_ms = self._listen.local.delay_ms(attempt, failure, self._chance)
+            if wait_ms is None or self._stopping.is_set():
+                return failure
+            log.info(
+                "handler_failed_trying_again",
+                listener=self._listen.name,
+                message_id=work.delivery.message.message_id,
+                attempt=attempt,
+                error=repr(failure)[:300],
+            )
+            attempt += 1
+            failure = None
+            await self._pause(wait_ms / 1_000)
 
-            async def settle(settlement: Settlement) -> None:
-                await subscription.settle([settlement])
+    async def _carefully(self, work: Work, *, again: bool) -> Exception | None:
+        """Call, and count failures in a row; while everything fails, one at a time and slowly."""
+        if self._outage.on:
+            async with self._outage.one_at_a_time:
+                if self._outage.on:
+                    return await self._counted(work, again=again)
+        return await self._counted(work, again=again)  # also who waited for his turn while the outage ended
 
-            async def call() -> None:
-                async with self._slots:
-                    if self._stopping.is_set():
-                        raise ShuttingDown("stopped before this message's turn")
-                    if self._listen.ack == "none" and not await self._settle(subscription, ack(delivery)):
-                        return  # it may come again, so nobody may have handled it
-                    await self._in_time(handler(Incoming(body=body, delivery=delivery, settle=settle)))
+    async def _counted(self, work: Work, *, again: bool) -> Exception | None:
+        try:
+            await self._call(work)
+        except Exception as error:
+            if self._count(error, again=again) and self._outage.on:
+                log.warning("outage", listener=self._listen.name, failures_in_a_row=self._outage.failures)
+                await self._pause(self._outage.wait_s)
+            return error
+        self._outage.worked()
+        return None
 
-            return call
-        raise CannotDecode(f"listener {self._listen.name!r} has no handler for type {delivery.message.type!r}")
+    def _count(self, error: Exception, *, again: bool) -> bool:
+        """Count a failure, if it is one that a neighbour who is away would cause."""
+        if isinstance(error, (Retry, ShuttingDown)) or is_fatal(error, self._listen.local.fatal):
+            return False
+        self._outage.failed(again=again)
+        return True
 
-    async def _in_time(self, work: Awaitable[None]) -> None:
-        if self._listen.time_limit_ms is None:
-            await work
+    async def _call(self, work: Work) -> None:
+        """Run the handler once."""
+        if work.is_effect:
+            await self._group.submit(self._apply, work)
             return
-        limit = asyncio.timeout(self._listen.time_limit_ms / 1_000)
+        async with self._slots:
+            if self._stopping.is_set():
+                raise ShuttingDown("stopped before this message's turn")
+            if self._listen.ack == "none" and not await work.settler.settle([ack(work.delivery)]):
+                return  # it may come again, so nobody may have handled it
+            incoming = Incoming(body=work.body, delivery=work.delivery, settle=work.settle)
+            if self._listen.time_limit_ms is None:
+                await work.handler(incoming)
+            else:
+                await self._in_time(work.handler(incoming), self._listen.time_limit_ms)
+
+    async def _call_all(self, works: Sequence[Work]) -> list[Exception | None]:
+        """Run the effects of many messages; answers what each failed with."""
+        return await self._group.submit_all(self._apply, works)
+
+    @staticmethod
+    async def _in_time(work: Awaitable[None], limit_ms: int) -> None:
+        limit = asyncio.timeout(limit_ms / 1_000)
         try:
             async with limit:
                 await work
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise HandlerTimeout(f"not done within {self._listen.time_limit_ms} ms; it was cancelled") from error
-
-    async def _carefully(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Call, and count failures in a row; while everything fails, one at a time and slowly."""
-        if self._outage.on:
-            async with self._outage.one_at_a_time:
-                if self._outage.on:
-                    await self._counted(call)
-                    return
-        await self._counted(call)  # also who waited for his turn while the outage ended
-
-    async def _counted(self, call: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await call()
-        except Exception as error:
-            if not isinstance(error, (Retry, ShuttingDown)) and not is_fatal(error, self._listen.local.fatal):
-                self._outage.failed()
-                if self._outage.on:
-                    log.warning("outage", listener=self._listen.name, failures_in_a_row=self._outage.failures)
-                    await self._pause(self._outage.wait_s)
-            raise
-        self._outage.worked()
-
-    async def _try_locally(self, delivery: Delivery, call: Callable[[], Awaitable[None]]) -> Exception | None:
-        """Call until it succeeds or the local policy gives up; answers the last error."""
-        attempt = 1
-        while True:
-            try:
-                await self._carefully(call)
-            except Exception as error:
-                wait_ms = None
-                if self._listen.ack == "auto" and not isinstance(error, (Retry, ShuttingDown)):
-                    wait_ms = self._listen.local.delay_ms(attempt, error, self._chance)
-                if wait_ms is None or self._stopping.is_set():
-                    return error
-                log.info(
-                    "handler_failed_trying_again",
-                    listener=self._listen.name,
-                    message_id=delivery.message.message_id,
-                    attempt=attempt,
-                    error=repr(error)[:300],
-                )
-                attempt += 1
-                await self._pause(wait_ms / 1_000)
-            else:
-                return None
+            raise HandlerTimeout(f"not done within {limit_ms} ms; it was cancelled") from error
 
     async def _recover(self, delivery: Delivery, error: Exception) -> Settlement:
         """Hand a message that is given up on to the recoverer; one that fails itself loses nothing."""
@@ -333,22 +390,20 @@ class Listener:
             return await self._recover(delivery, error)
         return retry(delivery, wait_ms, reason=repr(error)[:300])
 
-    async def _apply(
-        self, tx: Tx, requests: Sequence[tuple[Subscription, Delivery, Any]]
-    ) -> list[HoldfastError | None]:
+    async def _apply(self, tx: Tx, works: Sequence[Work]) -> list[HoldfastError | None]:
         """Decide a batch: claim in the inbox, run the effects by type, ack; all in `tx`."""
-        message_ids = [delivery.message.message_id for _, delivery, _ in requests]
-        fresh = await self._inbox.fresh(tx, self._listen.name, message_ids)
+        fresh = await self._inbox.fresh(tx, self._listen.name, [work.delivery.message.message_id for work in works])
         bodies: dict[type, list[Any]] = {}
-        for _, delivery, body in requests:
-            tx.caused(body, observe.trace_in(delivery.message.headers))
-            if delivery.message.message_id in fresh:
-                fresh.discard(delivery.message.message_id)  # a second copy in this very batch is a duplicate
-                bodies.setdefault(type(body), []).append(body)
+        for work in works:
+            message = work.delivery.message
+            tx.caused(work.body, observe.trace_in(message.headers))
+            if message.message_id in fresh:
+                fresh.discard(message.message_id)  # a second copy in this very batch is a duplicate
+                bodies.setdefault(type(work.body), []).append(work.body)
         for kind, batch in bodies.items():
             await self._listen.effects[kind](tx, batch)
-        await requests[0][0].settle([ack(delivery) for _, delivery, _ in requests], tx)
-        return [None for _ in requests]
+        await works[0].subscription.settle([ack(work.delivery) for work in works], tx)
+        return [None for _ in works]
 
     async def _pause(self, seconds: float) -> None:
         """Wait, but not longer than until the stop."""

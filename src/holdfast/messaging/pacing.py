@@ -89,6 +89,9 @@ class Outage:
 
     After `after` of them in a row deliveries are tried one at a time, each failure followed by a wait of `wait_s`, so
     that a backlog is not burnt through its retries; the first success restores full speed.
+
+    A message that failed before says little by failing again: once something has worked, only messages that fail for
+    the first time count, or a handful of poisonous ones that are tried again among themselves would slow all down.
     """
 
     def __init__(self, after: int, wait_s: float) -> None:
@@ -96,13 +99,17 @@ class Outage:
         self.wait_s = wait_s
         self.failures = 0
         self.one_at_a_time = asyncio.Lock()
+        self._has_worked = False
 
     @property
     def on(self) -> bool:
         return self.failures >= self._after
 
-    def failed(self) -> None:
-        self.failures += 1
+    def failed(self, *, again: bool) -> None:
+        """A handler failed; `again` when it did so with this message before."""
+        if not (again and self._has_worked):
+            self.failures += 1
 
     def worked(self) -> None:
         self.failures = 0
+        self._has_worked = True

@@ -138,8 +138,22 @@ def test_an_outage_is_so_many_failures_in_a_row_and_ends_with_the_first_success(
     seen = []
     for failed in (True, True, False, True, True, True, False):
         if failed:
-            outage.failed()
+            outage.failed(again=False)
         else:
             outage.worked()
         seen.append(outage.on)
     assert seen == [False, False, False, False, False, True, False]
+
+
+def test_what_failed_before_is_no_sign_of_an_outage_once_something_has_worked() -> None:
+    outage = Outage(3, 1.0)
+    for _ in range(3):
+        outage.failed(again=True)
+    assert outage.on  # nothing has ever worked: the neighbour may have been away all the time
+    outage.worked()
+    for _ in range(9):
+        outage.failed(again=True)
+    assert (outage.on, outage.failures) == (False, 0)
+    for _ in range(3):
+        outage.failed(again=False)
+    assert outage.on

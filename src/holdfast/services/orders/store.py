@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 
 from holdfast.db.database import Dialect, Tx
-from holdfast.db.prepared import Prepared, among, insert_all
+from holdfast.db.prepared import InsertAll, Prepared, among
 from holdfast.services.contracts.values import PaymentRef
 from holdfast.services.orders.model import OrderStatus, OrderView, PlaceRequest, PricedLine, view
 from holdfast.services.schema import metadata
@@ -92,10 +92,10 @@ replies = Table(
 )
 
 
-insert_orders = insert_all(orders)
-insert_lines = insert_all(lines)
-insert_entries = insert_all(log)
-insert_replies = insert_all(replies)
+insert_orders = InsertAll(orders)
+insert_lines = InsertAll(lines)
+insert_entries = InsertAll(log)
+insert_replies = InsertAll(replies)
 
 
 def _lock(dialect: Dialect) -> Executable:

@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 
 from holdfast.db.database import Dialect, Tx
-from holdfast.db.prepared import Prepared, among, insert_all
+from holdfast.db.prepared import InsertAll, Prepared, among
 from holdfast.services.payments.model import ENDED, SUCCEEDED, Capture, PaymentOrder, Verdict
 from holdfast.services.schema import metadata
 
@@ -90,8 +90,8 @@ Index(
 
 _FIELDS = [payments.c[name] for name in PaymentOrder.__struct_fields__]
 
-insert_payments = insert_all(payments)
-insert_notices = insert_all(notices)
+insert_payments = InsertAll(payments)
+insert_notices = InsertAll(notices)
 
 
 def _lock(dialect: Dialect) -> Executable:

@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 
 from holdfast.db.database import Dialect, Tx
-from holdfast.db.prepared import Prepared, among, insert, insert_all
+from holdfast.db.prepared import InsertAll, Prepared, among, insert
 from holdfast.services.contracts.values import Price
 from holdfast.services.schema import metadata
 from holdfast.services.stock.model import HELD, Level
@@ -108,9 +108,9 @@ ledger = Table(
 )
 
 
-insert_tasks = insert_all(tasks)
-insert_details = insert_all(details)
-insert_entries = insert_all(ledger)
+insert_tasks = InsertAll(tasks)
+insert_details = InsertAll(details)
+insert_entries = InsertAll(ledger)
 
 
 def _lock_levels(dialect: Dialect) -> Executable:

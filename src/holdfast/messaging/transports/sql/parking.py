@@ -14,6 +14,7 @@ import msgspec
 from sqlalchemy import ColumnElement, insert, null, update
 
 from holdfast.db.database import Tx
+from holdfast.db.prepared import InsertAll
 from holdfast.ids import ID_MAX, IdSource
 from holdfast.messaging.fingerprint import fingerprint, group_key
 from holdfast.messaging.message import HEADER_PARKED_ID, Settlement, handed_on
@@ -23,27 +24,36 @@ QUEUE_ACTOR = "holdfast"  # in the audit: no human did it
 REASON_CHARS_MAX = 4_000
 AUDIT_REASON_CHARS_MAX = 500
 
+_INSERT = InsertAll(parked)
 _KEPT = [column.name for column in parked.columns if column.name in messages.columns]
 
 
-async def park(tx: Tx, row: Any, reason: str, now_us: int, ids: IdSource) -> None:
-    """Copy a row of `messages` to the error store, a replayed one into the row it came from; the caller deletes it."""
-    reason = _storable(reason)
-    headers = msgspec.json.decode(row.headers, type=dict[str, str])
-    if HEADER_PARKED_ID in headers and await _failed_again(tx, row, headers, reason, now_us, ids):
-        return
-    seen = fingerprint(reason)
-    kept = {name: getattr(row, name) for name in _KEPT}
-    added = {
-        "reason": reason,
-        "parked_us": now_us,
-        "failed_us": now_us,
-        "error": seen.error,
-        "group_key": group_key(row.queue, seen),
-        "state": "parked",
-        "loops": 0,
-    }
-    await tx.execute(insert(parked).values(**kept, **added))
+async def park(tx: Tx, given: Sequence[tuple[Any, str]], now_us: int, ids: IdSource) -> None:
+    """Copy rows of `messages` to the error store, each with the reason; the caller deletes them.
+
+    One that was replayed goes into the row it came from.
+    """
+    fresh: list[dict[str, Any]] = []
+    for row, told in given:
+        reason = _storable(told)
+        if HEADER_PARKED_ID in row.headers:  # the text; nearly always none
+            headers = msgspec.json.decode(row.headers, type=dict[str, str])
+            if HEADER_PARKED_ID in headers and await _failed_again(tx, row, headers, reason, now_us, ids):
+                continue
+        seen = fingerprint(reason)
+        kept = {name: getattr(row, name) for name in _KEPT}
+        added = {
+            "reason": reason,
+            "parked_us": now_us,
+            "failed_us": now_us,
+            "error": seen.error,
+            "group_key": group_key(row.queue, seen),
+            "state": "parked",
+            "loops": 0,
+            "replay_id": None,
+        }
+        fresh.append(kept | added)
+    await _INSERT.many(tx, fresh)
 
 
 def replayed(acked: Sequence[Settlement]) -> list[Settlement]:

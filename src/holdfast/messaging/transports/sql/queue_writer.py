@@ -16,7 +16,7 @@ from holdfast.messaging.message import Outgoing
 from holdfast.messaging.tables import messages
 from holdfast.messaging.topology import Queue
 from holdfast.messaging.transports.sql import routing
-from holdfast.messaging.transports.sql.rows import Dues, QueueRows
+from holdfast.messaging.transports.sql.rows import Dues, QueueRows, refuses
 from holdfast.messaging.transports.sql.wakeups import CHANNEL, hint
 
 Reached = Sequence[Queue] | PublishError
@@ -47,7 +47,7 @@ class QueueWriter:
 
     async def publish_in(self, tx: Tx, batch: Sequence[Outgoing]) -> list[PublishError | None]:
         """Route and write messages within `tx`; a refused one writes nothing."""
-        routed = [await self._routed(tx, outgoing) for outgoing in batch]
+        routed = await self._routed(tx, batch)
         await self._write(tx, batch, routed)
         return _outcomes(routed)
 
@@ -55,15 +55,26 @@ class QueueWriter:
         """Remove what waits under these keys; SKIP LOCKED leaves what a consumer is about to take."""
         return len(await _CANCEL.rows(tx, cancel_keys=list(cancel_keys)))
 
-    async def _routed(self, tx: Tx, outgoing: Outgoing) -> Reached:
-        """The queues that the message reaches, or why it is refused."""
-        try:
-            _refuse_unstorable(outgoing)
-            reached = await routing.queues_for(tx, outgoing.message)
-            await self._rows.room_for(tx, reached, delayed=outgoing.delay_ms > 0)
-        except PublishRejected as error:
-            return error
-        return reached if reached or not outgoing.mandatory else _no_route(outgoing)
+    async def _routed(self, tx: Tx, batch: Sequence[Outgoing]) -> list[Reached]:
+        """For each message the queues that it reaches, or why it is refused."""
+        known = await routing.known_to(tx)
+        routes: dict[tuple[str, str], Sequence[Queue]] = {}
+        routed: list[Reached] = []
+        for outgoing in batch:
+            message = outgoing.message
+            try:
+                _refuse_unstorable(outgoing)
+                key = (message.exchange, message.routing_key)
+                reached = routes.get(key)
+                if reached is None:
+                    reached = routes[key] = known.route(*key)
+                if any(map(refuses, reached)):
+                    await self._rows.room_for(tx, reached, delayed=outgoing.delay_ms > 0)
+            except PublishRejected as error:
+                routed.append(error)
+            else:
+                routed.append(reached if reached or not outgoing.mandatory else _no_route(outgoing))
+        return routed
 
     async def _write(self, tx: Tx, batch: Sequence[Outgoing], routed: Sequence[Reached]) -> Dues:
         sent = [
@@ -91,7 +102,7 @@ class WholeBatchWriter(QueueWriter):
         if tx.deferred:
             # Reading the topology first would fix a snapshot, which a later write cannot leave (SQLITE_BUSY_SNAPSHOT).
             await _LOCK.many(tx, [{}])
-        routed = [await self._routed(tx, outgoing) for outgoing in batch]
+        routed = await self._routed(tx, batch)
         outcomes = _outcomes(routed)
         if not any(outcomes):
             dues = await self._write(tx, batch, routed)
@@ -108,9 +119,21 @@ def _outcomes(routed: Sequence[Reached]) -> list[PublishError | None]:
 def _refuse_unstorable(outgoing: Outgoing) -> None:
     """Raise `PublishRejected` for text that no database stores: NUL, or half a surrogate pair."""
     message = outgoing.message
-    texts = (message.exchange, message.routing_key, message.message_id, message.type, message.content_type)
-    for text in (*texts, outgoing.cancel_key or "", *message.headers, *message.headers.values()):
-        if "\x00" in text or not (text.isascii() or _is_unicode(text)):
+    texts = (
+        message.exchange,
+        message.routing_key,
+        message.message_id,
+        message.type,
+        message.content_type,
+        outgoing.cancel_key or "",
+        *message.headers,
+        *message.headers.values(),
+    )
+    whole = "".join(texts)
+    if "\x00" not in whole and (whole.isascii() or _is_unicode(whole)):
+        return
+    for text in texts:
+        if "\x00" in text or not _is_unicode(text):
             raise PublishRejected(
                 f"message {message.message_id!r:.60}: {text!r:.60} holds characters that cannot be stored"
             )

@@ -12,7 +12,6 @@ from sqlalchemy import delete, literal_column, select, union_all, update
 from holdfast.db.database import Tx
 from holdfast.db.prepared import Prepared, insert
 from holdfast.errors import NoSuchExchange, TopologyMismatch
-from holdfast.messaging.message import Message
 from holdfast.messaging.routing import route
 from holdfast.messaging.tables import bindings, exchanges, queues
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology, differences
@@ -172,15 +171,6 @@ def check(known: Known, topology: Topology, *, passive: bool = False) -> None:
         ]
     if told:
         raise TopologyMismatch("; ".join(told) + "; declare it as it is, or see `holdfast queues plan`")
-
-
-async def queues_for(tx: Tx, message: Message) -> Sequence[Queue]:
-    """The queues this message reaches; raises `NoSuchExchange`."""
-    key = ("route", message.exchange, message.routing_key)
-    if key not in tx.memo:
-        tx.memo[key] = (await known_to(tx)).route(message.exchange, message.routing_key)
-    reached: Sequence[Queue] = tx.memo[key]
-    return reached
 
 
 async def known_to(tx: Tx) -> Known:

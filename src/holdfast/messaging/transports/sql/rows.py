@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy import BigInteger, Executable, bindparam, delete, func, select
@@ -11,7 +11,7 @@ from sqlalchemy import BigInteger, Executable, bindparam, delete, func, select
 from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Dialect, Tx
-from holdfast.db.prepared import Prepared, among, insert_all
+from holdfast.db.prepared import InsertAll, Prepared, among
 from holdfast.errors import PublishRejected
 from holdfast.ids import IdSource
 from holdfast.messaging.dead_letters import Reason, deaths, goes_in_circles, with_death
@@ -22,12 +22,13 @@ from holdfast.messaging.transports.sql import parking, routing
 
 Dues = set[tuple[str, int]]  # (queue, instant)
 
+NO_HEADERS = "{}"
 EXPIRY = "amq.expiry"  # whoever waits for messages to expire hears of them under this name, which no queue can have
 
 log = observe.logger("sql_transport")
 
 _headers = msgspec.json.Decoder(dict[str, str]).decode
-_INSERT = insert_all(messages)
+_INSERT = InsertAll(messages)
 _DELETE = Prepared(lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")))
 _LOCK = Prepared(lambda _: select(queues.c.name).where(queues.c.name == bindparam("of_queue")).with_for_update())
 
@@ -64,7 +65,7 @@ class QueueRows:
 
         A delayed one is refused as well, but takes no room: only what is ready has a length.
         """
-        limited = [queue for queue in reached if queue.max_length is not None and queue.overflow == "reject-publish"]
+        limited = [queue for queue in reached if refuses(queue)]
         for queue in limited:
             if await self._length(tx, queue) >= (queue.max_length or 0):
                 raise PublishRejected(
@@ -93,21 +94,22 @@ class QueueRows:
         """
         known = await routing.known_to(tx)
         now_us = self._clock.now_us()
-        again: list[dict[str, object]] = []
+        again: list[_Row] = []
         limits: dict[str, Queue] = {}
+        given_up: list[tuple[Any, str]] = []
         for row in rows:
             queue = known.queues.get(row.queue) or Queue(name=row.queue)
             message = message_of(row)
             headers = message.headers
             if queue.dead_letter_exchange is None:
                 if reason == "rejected":
-                    await self.park(tx, row, told or "rejected, and its queue has no dead-letter exchange")
+                    given_up.append((row, told or "rejected, and its queue has no dead-letter exchange"))
                 elif HEADER_PARKED_ID in headers:
                     await parking.moved_on(tx, row.id, headers, now_us, self._ids)
                 continue
             reached = self._targets(known, queue, row)
             if isinstance(reached, str):
-                await self.park(tx, row, f"{reason}, and its dead letter was not taken: {reached}")
+                given_up.append((row, f"{reason}, and its dead letter was not taken: {reached}"))
                 continue
             if HEADER_PARKED_ID in headers:
                 headers = await parking.moved_on(tx, row.id, headers, now_us, self._ids)
@@ -134,18 +136,23 @@ class QueueRows:
                 again.append(self._row(Outgoing(message=letter), target, now_us))
                 if _drops(target):
                     limits[target.name] = target
+        await self.park(tx, given_up)
         if rows:
             await _DELETE.rows(tx, row_ids=[row.id for row in rows])
             tx.on_commit(lambda: observe.messages_dead.labels(reason).inc(len(rows)))
         await self._insert(tx, again)
         await self._trim(tx, limits)
 
-    async def park(self, tx: Tx, row: Any, reason: str) -> None:
-        """Copy a row to the error store; the caller deletes it."""
-        await parking.park(tx, row, reason, self._clock.now_us(), self._ids)
-        log.warning(
-            "message_parked", queue=row.queue, message_id=row.message_id, type=row.type[:80], reason=reason[:300]
-        )
+    async def park(self, tx: Tx, given: Sequence[tuple[Any, str]]) -> None:
+        """Take rows out of their queues into the error store, each with the reason."""
+        if not given:
+            return
+        await parking.park(tx, given, self._clock.now_us(), self._ids)
+        await _DELETE.rows(tx, row_ids=[row.id for row, _ in given])
+        for row, reason in given:
+            log.warning(
+                "message_parked", queue=row.queue, message_id=row.message_id, type=row.type[:80], reason=reason[:300]
+            )
 
     def _targets(self, known: routing.Known, queue: Queue, row: Any) -> Sequence[Queue] | str:
         exchange = queue.dead_letter_exchange or ""
@@ -156,12 +163,12 @@ class QueueRows:
             return error.detail
         return reached or f"no queue takes key {key!r} of exchange {exchange!r}"
 
-    async def _insert(self, tx: Tx, rows: Sequence[dict[str, Any]]) -> Dues:
+    async def _insert(self, tx: Tx, rows: Sequence[_Row]) -> Dues:
         if not rows:
             return set()
-        await _INSERT.many(tx, rows)
-        dues = {(row["queue"], row["due_us"]) for row in rows}
-        dues |= {(EXPIRY, row["expires_us"]) for row in rows if row["expires_us"] is not None}
+        await _INSERT.tuples(tx, rows)
+        dues = {(row.queue, row.due_us) for row in rows}
+        dues |= {(EXPIRY, row.expires_us) for row in rows if row.expires_us is not None}
         tx.on_commit(lambda: self._tell(dues))
         return dues
 
@@ -184,29 +191,58 @@ class QueueRows:
         length: int = tx.memo[key]
         return length
 
-    def _row(self, outgoing: Outgoing, queue: Queue, now_us: int) -> dict[str, Any]:
+    def _row(self, outgoing: Outgoing, queue: Queue, now_us: int) -> _Row:
         message = outgoing.message
         due_us = now_us + outgoing.delay_ms * US_PER_MS
-        return {
-            "id": self._ids.next(),
-            "queue": queue.name,
-            "due_us": due_us,
-            "ready_us": due_us,
-            "lease": None,
-            "attempt": 1,
-            "deliveries": 0,
-            "crashes": 0,
-            "cancel_key": outgoing.cancel_key,
-            "expires_us": _expiry(due_us, outgoing.expires_ms, queue.message_ttl_ms),
-            "message_id": message.message_id,
-            "exchange": message.exchange,
-            "routing_key": message.routing_key,
-            "type": message.type,
-            "content_type": message.content_type,
-            "headers": msgspec.json.encode(message.headers).decode(),
-            "body": message.body,
-            "published_us": message.timestamp_us,
-        }
+        expires_us = None
+        if outgoing.expires_ms is not None or queue.message_ttl_ms is not None:
+            expires_us = _expiry(due_us, outgoing.expires_ms, queue.message_ttl_ms)
+        return _Row(
+            self._ids.next(),
+            queue.name,
+            due_us,
+            due_us,
+            None,
+            1,
+            0,
+            0,
+            outgoing.cancel_key,
+            expires_us,
+            message.message_id,
+            message.exchange,
+            message.routing_key,
+            message.type,
+            message.content_type,
+            msgspec.json.encode(message.headers).decode() if message.headers else NO_HEADERS,
+            message.body,
+            message.timestamp_us,
+        )
+
+
+class _Row(NamedTuple):
+    """A new row of `messages`; its fields are the table's columns, in their order."""
+
+    id: int
+    queue: str
+    due_us: int
+    ready_us: int
+    lease: None
+    attempt: int
+    deliveries: int
+    crashes: int
+    cancel_key: str | None
+    expires_us: int | None
+    message_id: str
+    exchange: str
+    routing_key: str
+    type: str
+    content_type: str
+    headers: str
+    body: bytes
+    published_us: int
+
+
+assert _Row._fields == tuple(messages.columns.keys())
 
 
 def message_of(row: Any) -> Message:
@@ -219,13 +255,18 @@ def message_of(row: Any) -> Message:
         timestamp_us=row.published_us,
         type=row.type,
         content_type=row.content_type,
-        headers=_headers(row.headers),
+        headers=_headers(row.headers) if row.headers != NO_HEADERS else {},
     )
 
 
 def _dead_key(queue: Queue, row: Any) -> str:
     key: str = row.routing_key if queue.dead_letter_routing_key is None else queue.dead_letter_routing_key
     return key
+
+
+def refuses(queue: Queue) -> bool:
+    """Whether it takes no more when it is full."""
+    return queue.max_length is not None and queue.overflow == "reject-publish"
 
 
 def _drops(queue: Queue) -> bool:

@@ -132,6 +132,7 @@ class SqlTransport:
     def subscribe(self, queue: str, *, prefetch: int) -> SqlSubscription:
         return SqlSubscription(
             queue,
+            database=self._database,
             group=self._group,
             clock=self._clock,
             ids=self._ids,

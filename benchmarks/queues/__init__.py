@@ -1,0 +1,1 @@
+"""Message queues under one load: holdfast, its peers, and the bare drivers."""

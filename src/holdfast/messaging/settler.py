@@ -1,0 +1,71 @@
+"""Settler: what is done is settled in batches; while one batch is being settled, the next gathers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from holdfast import observe
+from holdfast.errors import HoldfastError
+from holdfast.messaging.message import Settlement
+from holdfast.messaging.transport import Subscription
+
+log = observe.logger("listener")
+
+
+class Settler:
+    """Settles deliveries of one subscription without making their handlers wait.
+
+    A transport that is away is asked again until `stopping` is set: settling twice does no harm, and what stays
+    unsettled comes again. `pause` waits between the tries.
+    """
+
+    def __init__(
+        self, subscription: Subscription, pause: Callable[[], Awaitable[None]], stopping: asyncio.Event
+    ) -> None:
+        self._subscription = subscription
+        self._pause = pause
+        self._stopping = stopping
+        self._gathered: list[Settlement] = []
+        self._flushing: asyncio.Task[None] | None = None
+
+    def add(self, settlement: Settlement) -> None:
+        """Settle it with whatever else is done by the next turn of the event loop."""
+        self._gathered.append(settlement)
+        if self._flushing is None:
+            self._flushing = asyncio.create_task(self._flush(), name=f"settle-{settlement.delivery.queue}")
+
+    async def finish(self) -> None:
+        """Wait until all that was added is settled, or given up on."""
+        while self._flushing is not None:
+            await asyncio.wait([self._flushing])
+
+    async def settle(self, settlements: Sequence[Settlement]) -> bool:
+        """Settle at once; False when that was given up."""
+        while True:
+            try:
+                await self._subscription.settle(settlements)
+            except HoldfastError as error:
+                queue = settlements[0].delivery.queue
+                log.warning("settle_failed", queue=queue, error=error.code, detail=error.detail)
+                if not error.retryable:
+                    return await self._one_by_one(settlements)
+                if self._stopping.is_set():
+                    return False
+                await self._pause()
+            else:
+                return True
+
+    async def _one_by_one(self, settlements: Sequence[Settlement]) -> bool:
+        """One that cannot be settled, since somebody did so before, leaves its neighbours alone."""
+        if len(settlements) == 1:
+            return False
+        return all([await self.settle([each]) for each in settlements if not each.delivery.settled])
+
+    async def _flush(self) -> None:
+        try:
+            while self._gathered:
+                batch, self._gathered = self._gathered, []
+                await self.settle(batch)
+        finally:
+            self._flushing = None
