@@ -17,7 +17,7 @@ import msgspec
 
 from holdfast.clock import Clock
 from holdfast.errors import InvalidInput
-from holdfast.messaging.injection import Asked, Handler, Want, check_provide, read_handler, shown
+from holdfast.messaging.injection import Asked, Handler, Want, check_provide, name_of, read_handler, shown
 
 AckMode = Literal["auto", "manual", "none"]
 Kind = Literal["plain", "effect", "batch"]
@@ -46,6 +46,8 @@ def bind(
 
     Raises `InvalidInput` for whatever is wrong with a handler, its parameters or `provide`.
     """
+    if callable(handlers):
+        raise InvalidInput(f"listener {name!r}: handlers is a list; write handlers=[{name_of(handlers)}]")
     check_provide(name, provide)
     bounds: dict[type, Bound] = {}
     for handler in handlers:

@@ -101,17 +101,23 @@ BATCHES = (list, Sequence)
 
 
 def check_provide(listener: str, provide: Mapping[Any, Any]) -> None:
-    """Raise `InvalidInput` for a key that is not the user's to give, and for a class where an instance belongs."""
+    """Raise `InvalidInput` for a key that is not the user's to give, and for a class or function as an instance."""
     for key, value in provide.items():
         if key in (*OWN, Clock, Incoming):
             raise InvalidInput(
                 f"listener {listener!r}: provide: {shown(key)} comes from the listener itself; take it out"
             )
-        if isinstance(key, type) and isinstance(value, type):
+        if isinstance(key, type) and (isinstance(value, type) or inspect.isroutine(value)) and not _called(key):
+            what = "class" if isinstance(value, type) else "function"
             raise InvalidInput(
-                f"listener {listener!r}: provide: {shown(key)} is given the class {shown(value)}; give an instance, or "
-                f"PerMessage(...) for one that is opened for each call"
+                f"listener {listener!r}: provide: {shown(key)} is given the {what} {name_of(value)}; give an instance, "
+                f"or PerMessage({value.__name__}) for one that is opened for each call"
             )
+
+
+def _called(kind: type) -> bool:
+    """Whether what is of this class is called, so that a function or a class may be one."""
+    return any("__call__" in vars(each) for each in kind.__mro__)
 
 
 def read_handler(listener: str, handler: Handler, provide: Mapping[Any, Any], clock: Clock) -> Asked:

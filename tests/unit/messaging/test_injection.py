@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any, NewType
+from typing import TYPE_CHECKING, Any, NewType, Protocol
 
 import msgspec
 import pytest
@@ -139,10 +139,39 @@ def test_what_the_listener_gives_cannot_be_provided(key: type) -> None:
         bind(LISTENER, [], {key: object()}, CLOCK)
 
 
-def test_a_class_in_place_of_its_instance_is_refused() -> None:
-    assert "provide: Mailer is given the class Mailer; give an instance, or PerMessage" in refused(
+class Send(Protocol):
+    """A dependency that is called."""
+
+    async def __call__(self, address: str) -> None: ...
+
+
+class Post(Protocol):
+    """A dependency with a method."""
+
+    async def send(self, address: str) -> None: ...
+
+
+async def send(address: str) -> None: ...
+
+
+def test_a_class_or_function_in_place_of_an_instance_is_refused() -> None:
+    async def posting(placed: Placed, post: Post) -> None: ...
+
+    async def sending(placed: Placed, send: Send) -> None: ...
+
+    assert "provide: Mailer is given the class Mailer; give an instance, or PerMessage(Mailer)" in refused(
         unprovided, {Mailer: Mailer}
     )
+    assert "provide: Post is given the class Mailer" in refused(posting, {Post: Mailer})
+    assert "provide: Post is given the function send; give an instance, or PerMessage(send)" in refused(
+        posting, {Post: send}
+    )
+    assert bound(sending, {Send: send}).kind == "plain"  # what is called may be a function
+
+
+def test_one_handler_without_its_list_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"listener 'welcome': handlers is a list; write handlers=\[default_only\]"):
+        bind(LISTENER, default_only, {}, CLOCK)  # type: ignore[arg-type]
 
 
 def test_a_body_class_that_is_provided_is_no_body() -> None:
