@@ -23,7 +23,7 @@ from holdfast.messaging.listener import Effect, Listen, Plain
 from holdfast.messaging.message import Delivery, Message, Outgoing, ack
 from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.publisher import Publisher
-from holdfast.messaging.retry import RetryPolicy
+from holdfast.messaging.retry import NO_RETRY, RetryPolicy
 from holdfast.messaging.tables import parked
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology
 from holdfast.messaging.transport import Subscription
@@ -42,7 +42,7 @@ TOPOLOGY = Topology(
     bindings=[Binding(exchange=EXCHANGE, queue=QUEUE, routing_key="note.#")],
 )
 
-ONCE = RetryPolicy(tries=1)
+ONCE = NO_RETRY
 
 
 class Note(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from holdfast.messaging.listener import Incoming, Listen
 from holdfast.messaging.message import Delivery, Settlement, ack, retry
 from holdfast.messaging.publisher import Publisher
 from holdfast.messaging.recover import DeadLetter, Discard, Park, Recoverer, Republish, Requeue, error_topology
-from holdfast.messaging.retry import Reject, RetryPolicy
+from holdfast.messaging.retry import NO_RETRY, Reject, RetryPolicy
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology
 from holdfast.messaging.transport import Transport
 from holdfast.settings import Settings
@@ -189,6 +189,104 @@ async def test_fatal_errors_are_not_tried_again(start_system: StartSystem, error
     system.listen(plainly(handle, local=many, durable=many, recover=Park()))
     await parks(system)
     assert calls == ["once"]
+
+
+# -- stateless and stateful -------------------------------------------------------------------------------------------
+
+THRICE = RetryPolicy(tries=3, interval_ms=1_000)
+
+
+class Tries:
+    """A handler that fails and keeps the delivery of each try."""
+
+    def __init__(self) -> None:
+        self.deliveries: list[Delivery] = []
+
+    async def handle(self, incoming: Incoming) -> None:
+        self.deliveries.append(incoming.delivery)
+        raise ZeroDivisionError
+
+    async def are(self, count: int) -> None:
+        async def reached() -> bool:
+            return len(self.deliveries) >= count
+
+        await eventually(reached, f"{count} tries")
+        assert len(self.deliveries) == count
+
+
+async def test_stateless_retries_are_all_within_one_delivery(start_system: StartSystem) -> None:
+    clock = manual_clock()
+    system = await office(start_system, clock=clock)
+    tries = Tries()
+    system.listen(plainly(tries.handle, local=THRICE, durable=NO_RETRY))
+    await send(system, "broken")
+    for number in (1, 2):
+        await tries.are(number)
+        await turn(system)
+        assert await counts(system) == (0, 1, 0)  # it waits unacked, in the hands of this process
+        await pass_time(system, clock, 1)
+    await tries.are(3)
+    (parked,) = await parks(system)
+    assert parked.attempt == 1
+    first = tries.deliveries[0]
+    assert all(each is first for each in tries.deliveries)
+    assert (first.attempt, first.deliveries) == (1, 1)
+
+
+async def test_stateful_retries_are_a_delivery_each_and_counted_with_the_message(start_system: StartSystem) -> None:
+    clock = manual_clock()
+    system = await office(start_system, clock=clock)
+    tries = Tries()
+    listener = system.listen(plainly(tries.handle, local=NO_RETRY, durable=THRICE))
+    await send(system, "broken")
+    await tries.are(1)
+    await counts_become(system, (0, 0, 1))  # it waits in its queue, in nobody's hands
+    await listener.stop()
+    clock.advance(1)
+    system.listen(plainly(tries.handle, local=NO_RETRY, durable=THRICE))  # another one goes on counting
+    await tries.are(2)
+    await counts_become(system, (0, 0, 1))
+    await pass_time(system, clock, 1)
+    await tries.are(3)
+    (parked,) = await parks(system)
+    assert parked.attempt == 3
+    assert [each.attempt for each in tries.deliveries] == [1, 2, 3]
+    assert len({id(each) for each in tries.deliveries}) == 3
+
+
+@pytest.mark.parametrize(("local", "durable"), [(THRICE, NO_RETRY), (NO_RETRY, THRICE)], ids=["stateless", "stateful"])
+async def test_every_try_of_an_effect_has_a_transaction_of_its_own_stateless_or_stateful(
+    start_system: StartSystem, local: RetryPolicy, durable: RetryPolicy
+) -> None:
+    clock = manual_clock()
+    system = await office(start_system, clock=clock)
+    ledger = await Ledger.of(system)
+    transactions: list[Tx] = []
+    failing = True
+
+    async def effect(tx: Tx, notes: Sequence[Note]) -> None:
+        transactions.append(tx)
+        await ledger.write(tx, notes)
+        if failing:
+            raise ZeroDivisionError
+
+    async def failed() -> bool:
+        return len(transactions) > 0 and await counts(system) == ((0, 1, 0) if durable is NO_RETRY else (0, 0, 1))
+
+    async def handled() -> bool:
+        await pass_time(system, clock, 1)
+        return await counts(system) == (0, 0, 0)
+
+    system.listen(effectively(effect, local=local, durable=durable))
+    await send(system, "second time lucky")
+    await eventually(failed, "the first try")
+    await turn(system)
+    assert await ledger.entries() == []
+    first, failing = list(transactions), False
+    await eventually(handled, "the second try")
+    assert transactions[-1] not in first
+    assert await ledger.entries() == ["second time lucky"]
+    assert await parked_messages(system) == []
 
 
 def test_an_error_queue_needs_its_services_name() -> None:

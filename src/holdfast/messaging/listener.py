@@ -26,6 +26,7 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import CannotDecode, HandlerTimeout, HoldfastError, InvalidInput, ShuttingDown, Unavailable
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.inbox import Inbox
+from holdfast.messaging.injection import Incoming as Incoming  # noqa: PLC0414  # others take it from here
 from holdfast.messaging.message import Delivery, Settlement, ack, park, retry
 from holdfast.messaging.pacing import Keys, Outage, Slots
 from holdfast.messaging.recover import Recoverer, describe
@@ -39,14 +40,6 @@ AckMode = Literal["auto", "manual", "none"]
 AWAY_S = 1.0  # how long to wait before asking a database again that was away
 
 log = observe.logger("listener")
-
-
-class Incoming(msgspec.Struct, frozen=True, kw_only=True):
-    """What a plain handler gets: the decoded body, the delivery, and the way to settle it in manual mode."""
-
-    body: Any
-    delivery: Delivery
-    settle: Callable[[Settlement], Awaitable[None]]
 
 
 Plain = Callable[[Incoming], Awaitable[None]]

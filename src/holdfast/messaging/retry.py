@@ -47,6 +47,11 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
             return self.interval_ms_max
 
 
+NO_RETRY = RetryPolicy(tries=1)
+"""One try. As a listener's `local` policy it makes the retries stateful: each is a redelivery, and the count is stored
+with the message. As its `durable` policy it leaves the stateless ones: all within one delivery."""
+
+
 class Retry(HoldfastError):
     """A handler's signal: not now, deliver again after `after_ms` milliseconds; does not count as a failure."""
 
