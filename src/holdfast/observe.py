@@ -1,7 +1,8 @@
 """Structured logs, metrics and trace context: how every room is watched.
 
 Logs go to standard error, one event per line. Metrics are Prometheus collectors in one registry of ours. Trace context
-is W3C `traceparent`, taken from the HTTP request or the message and handed on in every message sent meanwhile.
+is W3C `traceparent`, taken from the HTTP request or the message and handed on in every message sent meanwhile; that
+needs no OpenTelemetry SDK. Where the program has one, `tracer` finds it, and spans are made as well.
 """
 
 from __future__ import annotations
@@ -52,8 +53,28 @@ messages_handled = Counter(
 messages_dead = Counter(
     "holdfast_messages_dead_lettered", "Messages taken out of a queue, by reason.", ["reason"], registry=registry
 )
+messages_delivered = Counter(
+    "holdfast_messages_delivered", "Deliveries handed to this process, by queue.", ["queue"], registry=registry
+)
 messages_in_flight = Gauge(
     "holdfast_messages_in_flight", "Deliveries claimed and not yet settled.", ["queue"], registry=registry
+)
+queue_messages = Gauge(
+    "holdfast_queue_messages",
+    "Messages in a queue of the database: ready, unacked, delayed, parked.",
+    ["queue", "state"],
+    registry=registry,
+)
+queue_oldest_age = Gauge(
+    "holdfast_queue_oldest_age_seconds",
+    "How long the oldest ready message of a queue has been waiting; 0 without one.",
+    ["queue"],
+    registry=registry,
+)
+queues_counted = Gauge(
+    "holdfast_queues_counted_timestamp_seconds",
+    "When the queues of the database were last counted; 0: not yet.",
+    registry=registry,
 )
 http_requests = Counter(
     "holdfast_http_requests", "HTTP requests, by route and status.", ["route", "status"], registry=registry
@@ -70,7 +91,9 @@ orders_moved = Counter(
 )
 
 _propagator = TraceContextTextMapPropagator()
-# The span that `trace_from` made current, with its headers ready: writing them anew for every message costs more.
+# The provider that was asked last, and the tracer it gave; None for one that makes no spans.
+_asked: tuple[trace.TracerProvider | None, trace.Tracer | None] = (None, None)
+# The span that `trace_from` or `within` made current, with its headers ready: writing them per message costs more.
 _carried: ContextVar[tuple[trace.Span, Mapping[str, str]] | None] = ContextVar("carried", default=None)
 
 
@@ -127,6 +150,48 @@ def trace_from(carrier: Mapping[str, str]) -> Iterator[None]:
     finally:
         _carried.reset(carried)
         context.detach(token)
+
+
+def tracer() -> trace.Tracer | None:
+    """The tracer of the program's OpenTelemetry SDK, or None: then nobody would see a span, and none is to be made.
+
+    A program may set its provider at any time. To ask costs about a microsecond, so ask for a batch, not for a message;
+    `known_tracer` is what the last one to ask found.
+    """
+    global _asked  # noqa: PLW0603
+    provider = trace.get_tracer_provider()
+    if provider is not _asked[0]:
+        found = None
+        if not isinstance(provider, (trace.ProxyTracerProvider, trace.NoOpTracerProvider)):
+            found = provider.get_tracer("holdfast")
+        _asked = (provider, None if isinstance(found, trace.NoOpTracer) else found)  # the SDK may be switched off
+    return _asked[1]
+
+
+def known_tracer() -> trace.Tracer | None:
+    """What `tracer` found when it was asked last."""
+    return _asked[1]
+
+
+def context_of(headers: Mapping[str, str]) -> context.Context:
+    """The trace context that headers carry, and nothing of the running one; without a valid one it begins anew."""
+    return _propagator.extract(headers)
+
+
+@contextmanager
+def within(span: trace.Span) -> Iterator[Mapping[str, str]]:
+    """Make a started span the running one and give the headers that carry it; it ends with the block.
+
+    An error that leaves the block is recorded in the span, and raised on.
+    """
+    headers: dict[str, str] = {}
+    _propagator.inject(headers, trace.set_span_in_context(span))
+    carried = _carried.set((span, headers))
+    try:
+        with trace.use_span(span, end_on_exit=True):
+            yield headers
+    finally:
+        _carried.reset(carried)
 
 
 def trace_in(headers: Mapping[str, str]) -> Mapping[str, str]:

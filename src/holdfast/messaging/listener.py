@@ -24,6 +24,7 @@ from holdfast.clock import Clock
 from holdfast.db.database import Tx
 from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import CannotDecode, HandlerTimeout, HoldfastError, InvalidInput, ShuttingDown, Unavailable
+from holdfast.messaging import tracing
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.inbox import Inbox
 from holdfast.messaging.message import Delivery, Settlement, ack, park, retry
@@ -121,6 +122,7 @@ class Listener:
 
     def start(self) -> None:
         """Begin to take messages."""
+        observe.tracer()  # asked once, not for each delivery
         self._pump = asyncio.create_task(self._run(), name=f"listener-{self._listen.name}")
 
     async def stop(self, drain_s: float = 10.0) -> None:
@@ -198,7 +200,7 @@ class Listener:
 
     async def _process(self, subscription: Subscription, delivery: Delivery) -> None:
         """See one delivery to its end; whatever happens here, an unsettled message comes again."""
-        with observe.trace_from(delivery.message.headers):
+        with tracing.processing(delivery):
             settlement = await self._handle(subscription, delivery)
             if settlement is not None:
                 await self._settle(subscription, settlement)
@@ -222,9 +224,9 @@ class Listener:
             body = self._codec.decode(delivery.message)
             call = self._handler(subscription, delivery, body)
         except CannotDecode as error:
-            return await self._recover(delivery, error)
+            return await self._recover(delivery, tracing.failed(error))
         async with self._keys.turn(self._listen.key(body) if self._listen.key is not None else None):
-            failure = await self._try_locally(delivery, call)
+            failure = tracing.failed(await self._try_locally(delivery, call))
         if self._listen.ack != "auto":
             if failure is not None and not isinstance(failure, ShuttingDown):
                 log.error("handler_failed", queue=delivery.queue, error=repr(failure)[:300], ack=self._listen.ack)
@@ -341,12 +343,12 @@ class Listener:
         fresh = await self._inbox.fresh(tx, self._listen.name, message_ids)
         bodies: dict[type, list[Any]] = {}
         for _, delivery, body in requests:
-            tx.caused(body, observe.trace_in(delivery.message.headers))
+            tx.caused(body, tracing.trace_of(delivery))
             if delivery.message.message_id in fresh:
                 fresh.discard(delivery.message.message_id)  # a second copy in this very batch is a duplicate
                 bodies.setdefault(type(body), []).append(body)
         for kind, batch in bodies.items():
-            await self._listen.effects[kind](tx, batch)
+            await tracing.apply(self._listen.queue, self._listen.effects[kind], tx, batch)
         await requests[0][0].settle([ack(delivery) for _, delivery, _ in requests], tx)
         return [None for _ in requests]
 

@@ -29,6 +29,7 @@ from holdfast.messaging.message import Delivery, Message, Outgoing
 from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.parked import ParkedMessage
 from holdfast.messaging.publisher import Publisher
+from holdfast.messaging.queue_gauges import QueueGauges
 from holdfast.messaging.recover import Park
 from holdfast.messaging.tables import HISTORY, messages
 from holdfast.messaging.toolkit import Messaging
@@ -221,6 +222,8 @@ async def bus(types: Mapping[str, type] | Codec, topology: Topology) -> AsyncIte
         stack.push_async_callback(transport.close)
         await transport.start()
         await transport.declare(topology)
+        gauges = QueueGauges(database, clock)
+        stack.push_async_callback(gauges.close)
         running = Bus(
             clock=clock,
             ids=ids,
@@ -232,6 +235,7 @@ async def bus(types: Mapping[str, type] | Codec, topology: Topology) -> AsyncIte
             publisher=Publisher(transport, codec, clock, ids),
             error_store=ErrorStore(database, clock, ids, tell=transport.tell),
             recover=Park(),
+            queue_gauges=gauges,
             drain_s=DRAIN_S,
             listeners=[],
             database=database,

@@ -163,6 +163,7 @@ class SqlSubscription:
         self._consumer = ids.next()  # by which a single active consumer is known
         self._waiter = Waiter(clock)
         self._in_flight = observe.messages_in_flight.labels(queue)
+        self._delivered = observe.messages_delivered.labels(queue)
         self._prefetch = prefetch
         self._lease_us = lease_us
         self._poll_us = poll_us
@@ -212,6 +213,7 @@ class SqlSubscription:
             if room > 0:
                 claimed = await self._group.submit(self._claim, room)
                 if claimed.rows:
+                    self._delivered.inc(len(claimed.rows))
                     return [self._delivery(row) for row in claimed.rows]
                 if claimed.next_due_us is not None:
                     until_us = min(until_us, claimed.next_due_us)
