@@ -22,6 +22,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from structlog.processors import ExceptionRenderer
 from structlog.tracebacks import ExceptionDictTransformer
 
+DESCRIPTION_CHARS_MAX = 500
+
 registry = CollectorRegistry(auto_describe=True)
 
 batch_size = Histogram(
@@ -188,10 +190,23 @@ def within(span: trace.Span) -> Iterator[Mapping[str, str]]:
     _propagator.inject(headers, trace.set_span_in_context(span))
     carried = _carried.set((span, headers))
     try:
-        with trace.use_span(span, end_on_exit=True):
-            yield headers
+        with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+            try:
+                yield headers
+            except Exception as error:
+                record(span, error)
+                raise
     finally:
         _carried.reset(carried)
+
+
+def record(span: trace.Span, error: Exception) -> None:
+    """Note in a span what it ended with: the exception as an event, and what it says as the status."""
+    if span.is_recording():
+        span.record_exception(error)
+        span.set_attribute("error.type", type(error).__name__)
+        told = f"{type(error).__name__}: {error}"[:DESCRIPTION_CHARS_MAX]
+        span.set_status(trace.Status(trace.StatusCode.ERROR, told))
 
 
 def trace_in(headers: Mapping[str, str]) -> Mapping[str, str]:

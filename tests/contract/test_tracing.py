@@ -313,6 +313,8 @@ async def test_an_effect_that_fails_shows_in_its_batch_and_in_its_delivery(
     assert all(links_of(each) == [id_of(processed)] for each in batches)
     for span in (processed, *batches):
         assert span.status.status_code is StatusCode.ERROR
+        assert span.status.description == "Sick: never"
+        assert (span.attributes or {})["error.type"] == "Sick"
         assert [(event.attributes or {})["exception.type"] for event in span.events] == [f"{__name__}.Sick"]
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from opentelemetry import trace
-from opentelemetry.trace import Link, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, SpanKind
 
 from holdfast import observe
 from holdfast.db.database import Tx
@@ -26,7 +26,6 @@ from holdfast.messaging.retry import Retry
 
 SYSTEM = "holdfast"
 NO_FAILURES = (Retry, ShuttingDown)  # signals: the message comes again, and nothing went wrong
-DESCRIPTION_CHARS_MAX = 500
 
 Compose = Callable[[Draft, Mapping[str, str]], Outgoing]
 E = TypeVar("E", bound=Exception | None)
@@ -50,7 +49,7 @@ class Sending:
     def ended(self, problems: Sequence[PublishError | None]) -> None:
         """Note in the span what became of each message; the first problem stands for all."""
         if self._span is not None and (failed := [problem for problem in problems if problem is not None]):
-            _record(self._span, failed[0])
+            observe.record(self._span, failed[0])
 
 
 def sending(drafts: Sequence[Draft], compose: Compose) -> AbstractContextManager[Sending]:
@@ -77,7 +76,7 @@ def processing(delivery: Delivery) -> AbstractContextManager[object]:
 def failed(error: E) -> E:
     """Note in the running span what a handler ended with, if it failed, and give it back."""
     if error is not None and not isinstance(error, NO_FAILURES):
-        _record(trace.get_current_span(), error)
+        observe.record(trace.get_current_span(), error)
     return error
 
 
@@ -145,13 +144,6 @@ def _processing(tracer: trace.Tracer, delivery: Delivery) -> Iterator[None]:
     with observe.within(span) as headers:
         delivery.trace = headers
         yield
-
-
-def _record(span: trace.Span, error: Exception) -> None:
-    if span.is_recording():
-        span.record_exception(error)
-        span.set_attribute("error.type", type(error).__name__)
-        span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"[:DESCRIPTION_CHARS_MAX]))
 
 
 def _distinct(traces: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
