@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,18 @@ async def test_metrics_tell_what_is_in_the_queues(idle: Counter) -> None:
     assert told["holdfast_queue_messages" + json.dumps(names | {"state": "delayed"}, sort_keys=True)] == 1
     assert told["holdfast_queue_messages" + json.dumps(names | {"state": "ready"}, sort_keys=True)] == 0
     assert told["holdfast_queue_oldest_age_seconds" + json.dumps(names)] == 0
+
+
+@on_sqlite
+async def test_metrics_come_although_the_database_does_not_answer(idle: Counter) -> None:
+    system = idle.system
+    async with AsyncExitStack() as all_readers:
+        for _ in range(system.settings.database.readers):
+            await all_readers.enter_async_context(system.database.read())
+        async with asyncio.timeout(10):  # a reader is waited for 15 s
+            told = await metrics(idle)
+    assert not [name for name in told if name.startswith("holdfast_queue_messages")]
+    assert "holdfast_queues_counted_timestamp_seconds{}" in told
 
 
 async def metrics(counter: Counter) -> dict[str, float]:
