@@ -1,9 +1,10 @@
 """What a backlog costs: a million messages that are not due, a million that are, and messages nobody can handle.
 
-*delayed*: publish 1,000,000 delayed messages, most of them due far in the future, some within the next half minute while
-a worker listens. Publishing must not get slower as they pile up, the worker's memory must not grow with them, and those
-that become due must be handled soon. *ready*: publish 1,000,000 with no consumer at all. *poison*: 200,000 messages of
-which every hundredth fails whenever it is handled, against the same without poison; exactly those must be parked.
+*delayed*: publish 1,000,000 delayed messages, most of them due far in the future, some within the next half minute
+while a worker listens. Publishing must not get slower as they pile up, the worker's memory must not grow with them, and
+those that become due must be handled soon. *ready*: publish 1,000,000 with no consumer at all. *poison*: 200,000
+messages of which every hundredth fails whenever it is handled, against the same without poison; exactly those must be
+parked.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from holdfast.errors import InvalidSettings
 from holdfast.ids import IdSource
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.inbox import Inbox
-from holdfast.messaging.listener import Listen, Listener
+from holdfast.messaging.listen import Listen
+from holdfast.messaging.listener import Listener
 from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.publisher import Publisher
 from holdfast.messaging.retry import RetryPolicy

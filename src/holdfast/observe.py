@@ -1,7 +1,8 @@
 """Structured logs, metrics and trace context: how every room is watched.
 
 Logs go to standard error, one event per line. Metrics are Prometheus collectors in one registry of ours. Trace context
-is W3C `traceparent`, taken from the HTTP request or the message and handed on in every message sent meanwhile.
+is W3C `traceparent`, taken from the HTTP request or the message and handed on in every message sent meanwhile; that
+needs no OpenTelemetry SDK. Where the program has one, `tracer` finds it, and spans are made as well.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +21,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from structlog.processors import ExceptionRenderer
 from structlog.tracebacks import ExceptionDictTransformer
+
+DESCRIPTION_CHARS_MAX = 500
 
 registry = CollectorRegistry(auto_describe=True)
 
@@ -52,8 +55,28 @@ messages_handled = Counter(
 messages_dead = Counter(
     "holdfast_messages_dead_lettered", "Messages taken out of a queue, by reason.", ["reason"], registry=registry
 )
+messages_delivered = Counter(
+    "holdfast_messages_delivered", "Deliveries handed to this process, by queue.", ["queue"], registry=registry
+)
 messages_in_flight = Gauge(
     "holdfast_messages_in_flight", "Deliveries claimed and not yet settled.", ["queue"], registry=registry
+)
+queue_messages = Gauge(
+    "holdfast_queue_messages",
+    "Messages in a queue of the database: ready, unacked, delayed, parked.",
+    ["queue", "state"],
+    registry=registry,
+)
+queue_oldest_age = Gauge(
+    "holdfast_queue_oldest_age_seconds",
+    "How long the oldest ready message of a queue has been waiting; 0 without one.",
+    ["queue"],
+    registry=registry,
+)
+queues_counted = Gauge(
+    "holdfast_queues_counted_timestamp_seconds",
+    "When the queues of the database were last counted; 0: not yet.",
+    registry=registry,
 )
 http_requests = Counter(
     "holdfast_http_requests", "HTTP requests, by route and status.", ["route", "status"], registry=registry
@@ -70,7 +93,9 @@ orders_moved = Counter(
 )
 
 _propagator = TraceContextTextMapPropagator()
-# The span that `trace_from` made current, with its headers ready: writing them anew for every message costs more.
+# The provider that was asked last, and the tracer it gave; None for one that makes no spans.
+_asked: tuple[trace.TracerProvider | None, trace.Tracer | None] = (None, None)
+# The span that `trace_from` or `within` made current, with its headers ready: writing them per message costs more.
 _carried: ContextVar[tuple[trace.Span, Mapping[str, str]] | None] = ContextVar("carried", default=None)
 
 
@@ -106,20 +131,15 @@ def _add_trace(_: Any, __: str, event: Any) -> Any:
     span = trace.get_current_span().get_span_context()
     if span.is_valid:
         event["trace_id"] = trace.format_trace_id(span.trace_id)
+    elif (on_demand := _on_demand.get()) is not None:
+        _, event["trace_id"], *_ = on_demand.headers["traceparent"].split("-")
     return event
 
 
 @contextmanager
 def trace_from(carrier: Mapping[str, str]) -> Iterator[None]:
     """Continue the trace that `traceparent` in the carrier names, or begin one when there is none."""
-    found = _propagator.extract(carrier)
-    headers = {name: carrier[name] for name in _propagator.fields if name in carrier}
-    if not trace.get_current_span(found).get_span_context().is_valid:
-        # Identifiers of a trace are no secrets, but they must not collide: 128 and 64 random bits as W3C asks.
-        span = trace.SpanContext(secrets.randbits(128) or 1, secrets.randbits(64) or 1, is_remote=False)
-        found = trace.set_span_in_context(trace.NonRecordingSpan(span), found)
-        headers = {}
-        _propagator.inject(headers, found)
+    found, headers = _continued(carrier)
     token = context.attach(found)
     carried = _carried.set((trace.get_current_span(), headers))
     try:
@@ -127,6 +147,106 @@ def trace_from(carrier: Mapping[str, str]) -> Iterator[None]:
     finally:
         _carried.reset(carried)
         context.detach(token)
+
+
+def _continued(carrier: Mapping[str, str]) -> tuple[context.Context, Mapping[str, str]]:
+    found = _propagator.extract(carrier)
+    if trace.get_current_span(found).get_span_context().is_valid:
+        return found, trace_in(carrier)
+    # Identifiers of a trace are no secrets, but they must not collide: 128 and 64 random bits as W3C asks.
+    span = trace.SpanContext(secrets.randbits(128) or 1, secrets.randbits(64) or 1, is_remote=False)
+    found = trace.set_span_in_context(trace.NonRecordingSpan(span), found)
+    headers: dict[str, str] = {}
+    _propagator.inject(headers, found)
+    return found, headers
+
+
+class _OnDemand:
+    """A trace that came with a message: read, or begun, only when a log line or a message asks for it."""
+
+    __slots__ = ("_carrier", "_headers", "_token")
+
+    def __init__(self, carrier: Mapping[str, str]) -> None:
+        self._carrier = carrier
+        self._headers: Mapping[str, str] | None = None
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        if self._headers is None:
+            self._headers = _continued(self._carrier)[1]
+        return self._headers
+
+    def __enter__(self) -> None:
+        self._token = _on_demand.set(self)
+
+    def __exit__(self, *_: object) -> None:
+        _on_demand.reset(self._token)
+
+
+_on_demand: ContextVar[_OnDemand | None] = ContextVar("on_demand", default=None)
+
+
+def trace_on_demand(carrier: Mapping[str, str]) -> AbstractContextManager[None]:
+    """`trace_from` where nobody has an SDK: for a tenth of its price, since most messages never ask for their trace.
+
+    The trace does not show in OpenTelemetry's own context then, only in our logs and messages.
+    """
+    return trace_from(carrier) if trace.get_current_span() is not trace.INVALID_SPAN else _OnDemand(carrier)
+
+
+def tracer() -> trace.Tracer | None:
+    """The tracer of the program's OpenTelemetry SDK, or None: then nobody would see a span, and none is to be made.
+
+    A program may set its provider at any time. To ask costs about a microsecond, so ask for a batch, not for a message;
+    `known_tracer` is what the last one to ask found.
+    """
+    global _asked  # noqa: PLW0603
+    provider = trace.get_tracer_provider()
+    if provider is not _asked[0]:
+        found = None
+        if not isinstance(provider, (trace.ProxyTracerProvider, trace.NoOpTracerProvider)):
+            found = provider.get_tracer("holdfast")
+        _asked = (provider, None if isinstance(found, trace.NoOpTracer) else found)  # the SDK may be switched off
+    return _asked[1]
+
+
+def known_tracer() -> trace.Tracer | None:
+    """What `tracer` found when it was asked last."""
+    return _asked[1]
+
+
+def context_of(headers: Mapping[str, str]) -> context.Context:
+    """The trace context that headers carry, and nothing of the running one; without a valid one it begins anew."""
+    return _propagator.extract(headers)
+
+
+@contextmanager
+def within(span: trace.Span) -> Iterator[Mapping[str, str]]:
+    """Make a started span the running one and give the headers that carry it; it ends with the block.
+
+    An error that leaves the block is recorded in the span, and raised on.
+    """
+    headers: dict[str, str] = {}
+    _propagator.inject(headers, trace.set_span_in_context(span))
+    carried = _carried.set((span, headers))
+    try:
+        with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+            try:
+                yield headers
+            except Exception as error:
+                record(span, error)
+                raise
+    finally:
+        _carried.reset(carried)
+
+
+def record(span: trace.Span, error: Exception) -> None:
+    """Note in a span what it ended with: the exception as an event, and what it says as the status."""
+    if span.is_recording():
+        span.record_exception(error)
+        span.set_attribute("error.type", type(error).__name__)
+        told = f"{type(error).__name__}: {error}"[:DESCRIPTION_CHARS_MAX]
+        span.set_status(trace.Status(trace.StatusCode.ERROR, told))
 
 
 def trace_in(headers: Mapping[str, str]) -> Mapping[str, str]:
@@ -141,7 +261,8 @@ def trace_headers() -> Mapping[str, str]:
     if carried is not None and carried[0] is span:
         return carried[1]
     if not span.get_span_context().is_valid:
-        return {}
+        on_demand = _on_demand.get()
+        return {} if on_demand is None else on_demand.headers
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
     return carrier

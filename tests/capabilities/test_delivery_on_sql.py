@@ -12,7 +12,8 @@ import pytest
 from holdfast.clock import US_PER_MS
 from holdfast.errors import InvalidInput, NoSuchExchange, PublishError, PublishRejected, Unroutable
 from holdfast.messaging.draft import Draft
-from holdfast.messaging.listener import Incoming, Listen
+from holdfast.messaging.injection import Incoming
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.publisher import Publisher
 from holdfast.messaging.recover import Discard, Recoverer, Republish, Requeue, error_topology
 from holdfast.messaging.retry import RetryPolicy

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from holdfast.bootstrap import System
 from holdfast.db.database import Tx
-from holdfast.messaging.listener import AckMode, Incoming
+from holdfast.messaging.handlers import AckMode
+from holdfast.messaging.injection import Incoming
 from holdfast.messaging.message import ack
 from holdfast.messaging.retry import RetryPolicy
 from holdfast.settings import Settings

@@ -12,7 +12,8 @@ import pytest
 from holdfast.bootstrap import System
 from holdfast.errors import PublishRejected, TopologyMismatch
 from holdfast.messaging.dead_letters import deaths
-from holdfast.messaging.listener import Incoming, Listen
+from holdfast.messaging.injection import Incoming
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.message import reject
 from holdfast.messaging.toolkit import Messaging, open_messaging
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology

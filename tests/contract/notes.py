@@ -19,7 +19,7 @@ from holdfast.clock import US_PER_S, Clock, ManualClock
 from holdfast.db.database import Tx
 from holdfast.errors import InvalidInput, PublishError
 from holdfast.messaging.codec import Codec
-from holdfast.messaging.listener import Effect, Listen, Plain
+from holdfast.messaging.listen import Effect, Listen, Plain
 from holdfast.messaging.message import Delivery, Message, Outgoing, ack
 from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.publisher import Publisher

@@ -11,7 +11,7 @@ from holdfast.bootstrap import System
 from holdfast.db.database import Tx
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.draft import Draft
-from holdfast.messaging.listener import Listen
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.message import Delivery
 from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.publisher import Publisher

@@ -16,7 +16,7 @@ from holdfast.db.database import Tx
 from holdfast.errors import Conflict, InvalidInput
 from holdfast.messaging.draft import Draft
 from holdfast.messaging.error_store import CHUNK, ErrorStore
-from holdfast.messaging.listener import Incoming
+from holdfast.messaging.injection import Incoming
 from holdfast.messaging.message import HEADER_PARKED_ID, Delivery, ack, reject, retry
 from holdfast.messaging.message import park as park_it
 from holdfast.messaging.parked import Outcome, ParkedSummary

@@ -11,7 +11,7 @@ from holdfast.clock import Clock
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.handlers import AckMode, bind
 from holdfast.messaging.injection import Incoming, PerMessage
-from holdfast.messaging.listener import Listen
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.message import Delivery, Message, Outgoing, ack
 from holdfast.messaging.retry import NO_RETRY, Reject, RetryPolicy
 from tests.conftest import StartSystem, eventually

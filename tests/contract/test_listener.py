@@ -12,7 +12,8 @@ from holdfast import observe
 from holdfast.db.database import Tx
 from holdfast.errors import InvalidInput, PublishRejected, Unavailable
 from holdfast.messaging.draft import Draft
-from holdfast.messaging.listener import Incoming, Listen
+from holdfast.messaging.injection import Incoming
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.message import ack, retry
 from holdfast.messaging.retry import Reject, Retry, RetryPolicy
 from holdfast.messaging.topology import Binding, Queue, Topology

@@ -11,7 +11,8 @@ import pytest
 from holdfast.bootstrap import System
 from holdfast.db.database import Tx
 from holdfast.errors import InvalidInput, NoSuchExchange
-from holdfast.messaging.listener import Incoming, Listen
+from holdfast.messaging.injection import Incoming
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.message import Delivery, Settlement, ack, retry
 from holdfast.messaging.publisher import Publisher
 from holdfast.messaging.recover import DeadLetter, Discard, Park, Recoverer, Republish, Requeue, error_topology

@@ -8,7 +8,7 @@ import pytest
 
 from holdfast.bootstrap import System
 from holdfast.errors import InvalidInput, NoSuchExchange, ReplyTimeout, ShuttingDown, Unroutable
-from holdfast.messaging.listener import Incoming
+from holdfast.messaging.injection import Incoming
 from tests.conftest import WAIT_S, StartSystem, eventually
 from tests.contract.notes import EXCHANGE, KEY, QUEUE, Memo, Note, counts, counts_become, office, parks, plainly, send
 

@@ -55,6 +55,21 @@ def test_the_list_counts_messages_by_what_they_wait_for(desk: Desk) -> None:
     assert line.split()[1:5] == ["2", "0", "1", "1"]
 
 
+def test_an_interval_tells_how_each_queue_grew(desk: Desk) -> None:
+    async def fill(system: System) -> None:
+        await send(system, "1", "2")
+
+    desk.within(fill)
+    (row,) = [
+        each for each in ok(desk.run("queues", "list", "--interval", "0.1", "--json")).json if each["queue"] == QUEUE
+    ]
+    assert (row["ready"], row["growthPerS"]) == (2, 0.0)  # nobody works on it
+    lines = ok(desk.run("queues", "list", "--interval", "0.1")).out.splitlines()
+    assert lines[0].split()[-1] == "growth/s"
+    (line,) = [line for line in lines if line.startswith(f"{QUEUE} ")]
+    assert line.split()[-1] == "+0.0"
+
+
 def test_the_order_engines_own_queues_are_as_they_should_be(desk: Desk) -> None:
     desk.within(known)
     assert ok(desk.run("queues", "plan")).out == "everything is declared as it should be\n"
@@ -147,5 +162,7 @@ def test_bad_use_is_told(desk: Desk) -> None:
     desk.within(known)
     refused(desk.run("queues", "tail", "nowhere"), "there is no queue 'nowhere'")
     misused(desk.run("queues", "tail", QUEUE, "--limit", 0), "--limit")
+    for interval in ("0", "-1", "nan", "inf"):
+        refused(desk.run("queues", "list", "--interval", interval), "--interval")
     misused(desk.run("queues", "tail"), "Missing argument")
     misused(desk.run("queues", "nonsense"), "nonsense")

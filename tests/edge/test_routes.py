@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import jwt
 import msgspec
 import pytest
+from opentelemetry.trace import SpanKind
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -39,6 +41,7 @@ from tests.edge.counter import (
 )
 from tests.servers.postgres import PostgresServer, require_postgres
 from tests.shop import PRICE_MINOR, becomes, clean, count, level, level_becomes, probe, rows
+from tests.spans import carried, id_of, parent_of, watched_by_an_sdk
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -330,6 +333,27 @@ async def test_metrics_come_with_the_content_type_that_prometheus_reads(counter:
     assert answer.headers["content-type"] == CONTENT_TYPE_LATEST
 
 
+async def test_metrics_tell_what_is_in_the_queues(idle: Counter) -> None:
+    assert (await idle.place("ann")).status_code == 201
+    told = await metrics(idle)
+    names = {"queue": topology.ORDER_DUE_QUEUE}
+    assert told["holdfast_queue_messages" + json.dumps(names | {"state": "delayed"}, sort_keys=True)] == 1
+    assert told["holdfast_queue_messages" + json.dumps(names | {"state": "ready"}, sort_keys=True)] == 0
+    assert told["holdfast_queue_oldest_age_seconds" + json.dumps(names)] == 0
+
+
+@on_sqlite
+async def test_metrics_come_although_the_database_does_not_answer(idle: Counter) -> None:
+    system = idle.system
+    async with AsyncExitStack() as all_readers:
+        for _ in range(system.settings.database.readers):
+            await all_readers.enter_async_context(system.database.read())
+        async with asyncio.timeout(10):  # a reader is waited for 15 s
+            told = await metrics(idle)
+    assert not [name for name in told if name.startswith("holdfast_queue_messages")]
+    assert "holdfast_queues_counted_timestamp_seconds{}" in told
+
+
 async def metrics(counter: Counter) -> dict[str, float]:
     """All samples as `name{label="value"}` -> value."""
     answer = await counter.ask("GET", "/metrics")
@@ -448,6 +472,26 @@ async def test_the_trace_of_a_notice_is_in_the_message_it_causes(idle: Counter) 
     answer = await idle.ask("POST", "/v1/notices/sandbox", headers, content=notice["body"].encode())
     assert answer.status_code == 200
     assert await traces(idle, topology.KEY_PAY_SUCCESS) == [TRACEPARENT]
+
+
+async def test_with_an_sdk_a_request_is_a_span_and_its_messages_come_from_it(
+    start_system: StartSystem,
+) -> None:
+    with watched_by_an_sdk() as spans:
+        system = await start_system(work=False)
+        await fill(system)
+        async with facing(system) as idle:
+            assert (await idle.place("ann", headers={"traceparent": TRACEPARENT})).status_code == 201
+            assert (await idle.place("bob")).status_code == 201
+            assert (await idle.ask("GET", "/v1/orders/1", idle.bearer("ann"))).status_code == 404
+            ann, bob = await spans.ended("POST /v1/orders", 2)
+            (missed,) = await spans.ended("GET /v1/orders/{order_id}")
+            assert parent_of(ann) == carried(TRACEPARENT)
+            assert bob.parent is None
+            assert (missed.attributes or {})["http.response.status_code"] == 404
+            found = [carried(each) for each in await traces(idle, topology.KEY_ORDER_DUE)]
+    sent = {id_of(span): parent_of(span) for span in spans.all() if span.kind is SpanKind.PRODUCER}
+    assert [sent[each] for each in found] == [id_of(ann), id_of(bob)]
 
 
 NO_TRACE = {

@@ -20,7 +20,8 @@ from sqlalchemy import Column, Integer, MetaData, Table, Text, func, insert, sel
 from holdfast import DatabaseSettings, MessagingSettings, connect, migrate
 from holdfast.db.database import Database, Tx
 from holdfast.db.prepared import insert as insert_for
-from holdfast.messaging.listener import Incoming, Listen
+from holdfast.messaging.injection import Incoming
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.recover import DeadLetter
 from holdfast.messaging.retry import Reject, RetryPolicy
 from holdfast.messaging.tables import HISTORY

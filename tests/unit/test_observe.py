@@ -12,9 +12,12 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
 
 from holdfast import observe
 from holdfast.settings import Secret
+from tests.spans import carried, id_of, parent_of, watched_by_an_sdk
 from tests.unit.given import steady
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -181,3 +184,54 @@ async def test_concurrent_tasks_keep_their_own_traces() -> None:
 def test_no_header_of_a_stranger_breaks_the_trace(carrier: dict[str, str]) -> None:
     with observe.trace_from(carrier):
         assert "traceparent" in observe.trace_headers()
+
+
+# -- an SDK -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> Iterator[None]:
+    yield
+    observe.tracer()
+
+
+def test_without_an_sdk_there_is_no_tracer() -> None:
+    assert observe.tracer() is None
+    assert observe.known_tracer() is None
+
+
+def test_a_provider_that_makes_no_spans_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", trace.NoOpTracerProvider())
+    assert observe.tracer() is None
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", TracerProvider())
+    assert observe.tracer() is None
+
+
+def test_a_provider_is_found_whenever_it_is_set() -> None:
+    assert observe.tracer() is None
+    with watched_by_an_sdk():
+        assert observe.known_tracer() is None
+        found = observe.tracer()
+        assert found is not None
+        assert observe.tracer() is found
+        assert observe.known_tracer() is found
+
+
+def test_within_a_span_its_headers_are_handed_on_and_its_error_is_recorded() -> None:
+    with watched_by_an_sdk() as spans:
+        span = spans.tracer.start_span("work", context=observe.context_of(CARRIER))
+        told: list[str] = []
+
+        def work() -> None:
+            with observe.within(span) as headers:
+                told.extend([headers["traceparent"], observe.trace_headers()["traceparent"]])
+                raise ValueError("broken")
+
+        with pytest.raises(ValueError, match="broken"):
+            work()
+        ended = spans.one("work")
+    assert [carried(each) for each in told] == [id_of(ended)] * 2
+    assert parent_of(ended) == carried(CARRIER["traceparent"])
+    assert ended.status.status_code is trace.StatusCode.ERROR
+    assert observe.trace_headers() == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import import_module
 from typing import Annotated, Any, TypeVar
 
@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 EXIT_DIFFERENT = 1
 PAGE = 100
+INTERVAL_S_MIN, INTERVAL_S_MAX = 0.1, 3_600
 BODY_CHARS_MAX = 200
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -40,18 +41,32 @@ app = typer.Typer(
 
 
 @app.command("list")
-def list_queues(as_json: AsJson = False) -> None:
+def list_queues(
+    interval: Annotated[
+        float | None,
+        typer.Option(help="Count twice, so many seconds apart, and tell how each queue grew."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Ready, unacked, delayed and parked messages of every queue, and how long the oldest ready one waits."""
     clock = SystemClock()
-    views = _with_database(lambda database: _overview(database, clock.now_us()), read_only=True)
+    if interval is not None and not INTERVAL_S_MIN <= interval <= INTERVAL_S_MAX:
+        raise InvalidInput(f"--interval is {INTERVAL_S_MIN} to {INTERVAL_S_MAX} seconds, not {interval}")
+
+    async def look(database: Database) -> Sequence[insight.QueueView]:
+        before, began = await _overview(database, clock.now_us()), clock.monotonic()
+        if interval is None:
+            return before
+        await clock.sleep(interval)
+        after, ended = await _overview(database, clock.now_us()), clock.monotonic()
+        return insight.growth(before, after, ended - began)
+
+    views = _with_database(look, read_only=True)
     if as_json:
         print_json(views)
         return
-    rows = [
-        (view.queue, *map(str, (view.ready, view.unacked, view.delayed, view.parked)), f"{view.oldest_s:.1f}")
-        for view in views
-    ]
-    table(("queue", "ready", "unacked", "delayed", "parked", "oldest s"), rows)
+    head = ("queue", "ready", "unacked", "delayed", "parked", "oldest s")
+    table(head if interval is None else (*head, "growth/s"), [_row(view) for view in views])
 
 
 @app.command("plan")
@@ -111,6 +126,12 @@ def tail(
         _with_database(run, read_only=True)
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
+
+
+def _row(view: insight.QueueView) -> tuple[str, ...]:
+    counts = map(str, (view.ready, view.unacked, view.delayed, view.parked))
+    row = (view.queue, *counts, f"{view.oldest_s:.1f}")
+    return (*row, f"{view.growth_per_s:+.1f}") if isinstance(view, insight.Growth) else row
 
 
 def _line(message: insight.Peeked, as_json: bool) -> None:

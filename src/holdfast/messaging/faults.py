@@ -170,10 +170,13 @@ class FaultyListener(Listener):
             await work.settler.settle([ack(work.delivery)])
         raise failure
 
-    async def _call_all(self, works: Sequence[Work]) -> list[Exception | None]:
+    async def _call_many(self, works: Sequence[Work]) -> Sequence[Exception | None]:
         failures = [self._faults.failure(work.delivery.queue) for work in works]
         spared = [work for work, failure in zip(works, failures, strict=True) if failure is None]
-        outcomes = iter(await super()._call_all(spared))
+        if self._listen.ack == "none":
+            struck = [work for work, failure in zip(works, failures, strict=True) if failure is not None]
+            await works[0].settler.settle([ack(work.delivery) for work in struck])
+        outcomes = iter(await super()._call_many(spared) if spared else [])
         return [failure or next(outcomes) for failure in failures]
 
 

@@ -1,101 +1,60 @@
 """Listener: receive, decode, handle, settle.
 
-Two kinds of handler. An *effect* runs inside a transaction, for a batch of messages of one type: inbox row, its writes,
-its outgoing messages and the ack commit together, so its effect happens once. A *plain* handler gets one message and no
-transaction, for work with the outside world; it may run again and must be safe to.
+Three kinds of handler. An *effect* runs inside a transaction: inbox row, its writes, its outgoing messages and the ack
+commit together, so its effect happens once. A *plain* handler gets one message and a *batch* handler several, without a
+transaction, for work with the outside world; they may run again and must be safe to.
 
 In `auto` mode: success acks; a fatal error parks the message at once; any other error is tried again in this process
 (local retries, the message stays unacked), then by durable, delayed redeliveries, then it is parked. In `manual` mode a
-plain handler settles by itself, and what it leaves unsettled goes back to the queue when the listener stops. In `none`
-mode the message is acked before the handler runs: at most once.
+handler settles by itself, and what it leaves unsettled goes back to the queue when the listener stops. In `none` mode
+the message is acked before the handler runs: at most once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
-from typing import Any, Literal
-
-import msgspec
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.db.database import Tx
 from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import CannotDecode, HandlerTimeout, HoldfastError, InvalidInput, ShuttingDown, Unavailable
+from holdfast.messaging import tracing
 from holdfast.messaging.codec import Codec
+from holdfast.messaging.handlers import Bound
 from holdfast.messaging.inbox import Inbox
-from holdfast.messaging.injection import Incoming as Incoming  # noqa: PLC0414  # others take it from here
+from holdfast.messaging.injection import Incoming
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.message import Delivery, Settlement, ack, park, retry
 from holdfast.messaging.pacing import Keys, Outage, Slots
 from holdfast.messaging.recover import Recoverer, describe
-from holdfast.messaging.retry import Retry, RetryPolicy, is_fatal
+from holdfast.messaging.retry import Retry, is_fatal
 from holdfast.messaging.settler import Settler
 from holdfast.messaging.transport import Subscription, Transport
 
-Effect = Callable[[Tx, Sequence[Any]], Awaitable[None]]
-AckMode = Literal["auto", "manual", "none"]
-
 AWAY_S = 1.0  # how long to wait before asking a database again that was away
 
+T = TypeVar("T")
+
 log = observe.logger("listener")
-
-
-Plain = Callable[[Incoming], Awaitable[None]]
-
-
-class Listen(msgspec.Struct, frozen=True, kw_only=True):
-    """One consumer: its name (the inbox remembers effects under it), its queue, and a handler for each body type."""
-
-    name: str
-    queue: str
-    effects: Mapping[type, Effect] = {}
-    plain: Mapping[type, Plain] = {}
-    ack: AckMode = "auto"
-    prefetch: int = 200
-    concurrency: int = 32  # plain handlers at once
-    group: GroupCommit | None = None  # the writer of its effects; the toolkit's own unless given
-    recover: Recoverer | None = None  # what becomes of a message that is given up on; the toolkit's own unless given
-    time_limit_ms: int | None = None  # for a plain handler; then it is cancelled and the attempt has failed
-    key: Callable[[Any], Hashable | None] | None = None  # bodies of one key are handled one after the other, in order
-    outage_after: int = 20  # failures in a row after which deliveries are tried one at a time
-    outage_wait_ms: int = 1_000  # after each failure then
-    local: RetryPolicy = RetryPolicy(tries=3, interval_ms=1_000)
-    durable: RetryPolicy = RetryPolicy(tries=10, interval_ms=5_000, multiplier=2.0, jitter=0.1)
-
-    def __post_init__(self) -> None:
-        if not self.effects and not self.plain:
-            raise InvalidInput(f"listener {self.name!r} has no handler")
-        if self.effects and self.ack != "auto":
-            raise InvalidInput(f"listener {self.name!r}: effects ack within their transaction; use ack='auto'")
-        if self.effects and (self.time_limit_ms is not None or self.key is not None):
-            raise InvalidInput(f"listener {self.name!r}: time_limit_ms and key are for plain handlers, not for effects")
-        for name in ("prefetch", "concurrency", "outage_after"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"listener {self.name!r}: {name} is at least 1, not {getattr(self, name)}")
-        if self.time_limit_ms is not None and self.time_limit_ms < 1:
-            raise InvalidInput(f"listener {self.name!r}: time_limit_ms is at least 1, not {self.time_limit_ms}")
-        if both := set(self.effects) & set(self.plain):
-            raise InvalidInput(f"listener {self.name!r} handles {sorted(kind.__name__ for kind in both)} twice")
 
 
 class Work:
     """A delivery on its way: what it says, who handles it, and where it is settled."""
 
-    __slots__ = ("body", "delivery", "handler", "is_effect", "settler", "subscription")
+    __slots__ = ("bound", "delivery", "incoming", "settler", "subscription")
 
-    def __init__(self, delivery: Delivery, subscription: Subscription, settler: Settler) -> None:
-        self.delivery = delivery
+    def __init__(
+        self, subscription: Subscription, settler: Settler, delivery: Delivery, body: Any, bound: Bound
+    ) -> None:
         self.subscription = subscription
         self.settler = settler
-        self.body: Any = None
-        self.handler: Any = None
-        self.is_effect = False
-
-    async def settle(self, settlement: Settlement) -> None:
-        """Settle it in the handler's name, at once."""
-        await self.subscription.settle([settlement])
+        self.delivery = delivery
+        self.incoming: Incoming = Incoming(body=body, delivery=delivery, settle=settler.in_the_name_of_a_handler)
+        self.bound = bound
 
 
 class Listener:
@@ -112,7 +71,8 @@ class Listener:
         clock: Clock,
         recover: Recoverer,
     ) -> None:
-        if listen.effects and not transport.features.shares_database:
+        self._bounds = listen.bound(clock)
+        if not transport.features.shares_database and any(each.kind == "effect" for each in self._bounds.values()):
             raise InvalidInput(f"listener {listen.name!r}: effects need a transport that shares the database")
         self._listen = listen
         self._transport = transport
@@ -125,10 +85,6 @@ class Listener:
         self._slots = Slots(listen.concurrency)
         self._keys = Keys()
         self._outage = Outage(listen.outage_after, listen.outage_wait_ms / 1_000)
-        self._handlers: dict[type, tuple[bool, Any]] = {
-            **{kind: (True, effect) for kind, effect in listen.effects.items()},
-            **{kind: (False, handler) for kind, handler in listen.plain.items()},
-        }
         self._prefetch = listen.prefetch
         self._running: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
@@ -137,6 +93,7 @@ class Listener:
 
     def start(self) -> None:
         """Begin to take messages."""
+        observe.tracer()  # asked once, not for each delivery
         self._pump = asyncio.create_task(self._run(), name=f"listener-{self._listen.name}")
 
     async def stop(self, drain_s: float = 10.0) -> None:
@@ -152,7 +109,7 @@ class Listener:
 
     @property
     def concurrency(self) -> int:
-        """How many plain handlers run at once; may be changed at any time."""
+        """How many handlers run at once, effects aside; may be changed at any time."""
         return self._slots.size
 
     @concurrency.setter
@@ -173,6 +130,8 @@ class Listener:
         self._prefetch = prefetch
         if self._subscription is not None:
             self._subscription.limit(prefetch)
+
+    # -- taking -------------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         """Consume until stopped; a queue that is missing, or a database that is away, is asked for again and again."""
@@ -214,43 +173,52 @@ class Listener:
                 await settler.finish()
 
     def _begin(self, subscription: Subscription, settler: Settler, deliveries: Sequence[Delivery]) -> None:
-        """Start the work on each delivery; effects go together, since one transaction is to take many of them."""
-        together: list[Work] = []
+        """Start the work on each delivery; effects go together, and so does what one batch handler takes."""
+        together: dict[str | int, list[Work]] = {}
+        # In an outage one is tried at a time; and where spans are made, each effect has one of its own.
+        alone = self._outage.on
+        alone_too = observe.known_tracer() is not None
         for delivery in deliveries:
-            work = Work(delivery, subscription, settler)
             try:
-                work.body = self._codec.decode(delivery.message)
-                work.is_effect, work.handler = self._handler(delivery, work.body)
+                body = self._codec.decode(delivery.message)
+                bound = self._bound(delivery, body)
             except CannotDecode as error:
-                self._spawn(self._give_up(work, error))
+                self._spawn(self._give_up(settler, delivery, error))
                 continue
-            if work.is_effect and not self._outage.on:
-                together.append(work)
-            else:
+            work = Work(subscription, settler, delivery, body, bound)
+            if bound.kind == "plain" or alone or (alone_too and bound.kind == "effect"):
                 self._spawn(self._one(work))
-        if together:
-            self._spawn(self._all(together))
+            else:
+                together.setdefault("effects" if bound.kind == "effect" else id(bound), []).append(work)
+        for which, works in together.items():
+            at_most = len(works) if which == "effects" else self._listen.batch_max
+            for start in range(0, len(works), at_most):
+                self._spawn(self._many(works[start : start + at_most]))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    def _handler(self, delivery: Delivery, body: Any) -> tuple[bool, Any]:
-        handler = self._handlers.get(type(body))
-        if handler is None:
+    def _bound(self, delivery: Delivery, body: Any) -> Bound:
+        bound = self._bounds.get(type(body))
+        if bound is None:
             raise CannotDecode(f"listener {self._listen.name!r} has no handler for type {delivery.message.type!r}")
-        return handler
+        return bound
 
-    async def _give_up(self, work: Work, error: Exception) -> None:
-        with observe.trace_from(work.delivery.message.headers):
-            work.settler.add(await self._recover(work.delivery, error))
+    async def _give_up(self, settler: Settler, delivery: Delivery, error: Exception) -> None:
+        with tracing.processing(delivery):
+            settler.add(await self._recover(delivery, tracing.failed(error)))
 
-    async def _all(self, works: list[Work]) -> None:
-        """See effects to their end: many in one transaction, and those that fail one by one again."""
-        for work, failure in zip(works, await self._call_all(works), strict=True):
+    # -- handling -----------------------------------------------------------------------------------------------------
+
+    async def _many(self, works: list[Work]) -> None:
+        """See several deliveries to their end: in one call, and those that fail one by one again."""
+        for work, failure in zip(works, await self._call_many(works), strict=True):
             if failure is None:
                 self._outage.worked()
+                if self._listen.ack == "auto" and not work.delivery.settled:
+                    work.settler.add(ack(work.delivery))
             else:
                 self._count(failure, again=work.delivery.attempt > 1)
                 self._spawn(self._one(work, failure))
@@ -260,12 +228,12 @@ class Listener:
 
         `failure` is what a first call of the handler failed with, if there was one.
         """
-        with observe.trace_from(work.delivery.message.headers):
+        with tracing.processing(work.delivery):
             key = self._listen.key
             if key is None:
                 failure = await self._try_locally(work, failure)
             else:
-                async with self._keys.turn(key(work.body)):
+                async with self._keys.turn(key(work.incoming.body)):
                     failure = await self._try_locally(work, failure)
             settlement = await self._settlement(work.delivery, failure)
             if settlement is not None:
@@ -273,6 +241,7 @@ class Listener:
 
     async def _settlement(self, delivery: Delivery, failure: Exception | None) -> Settlement | None:
         """How to settle; None when that is done already or not ours to do."""
+        tracing.failed(failure)
         if self._listen.ack != "auto":
             if failure is not None and not isinstance(failure, ShuttingDown):
                 log.error("handler_failed", queue=delivery.queue, error=repr(failure)[:300], ack=self._listen.ack)
@@ -333,34 +302,78 @@ class Listener:
 
     async def _call(self, work: Work) -> None:
         """Run the handler once."""
-        if work.is_effect:
+        if work.bound.kind == "effect":
             await self._group.submit(self._apply, work)
             return
+        if work.bound.kind == "batch":
+            (failure,) = await self._call_batch([work])
+            if failure is not None:
+                raise failure
+            return
         async with self._slots:
-            if self._stopping.is_set():
-                raise ShuttingDown("stopped before this message's turn")
-            if self._listen.ack == "none" and not await work.settler.settle([ack(work.delivery)]):
-                return  # it may come again, so nobody may have handled it
-            incoming = Incoming(body=work.body, delivery=work.delivery, settle=work.settle)
-            if self._listen.time_limit_ms is None:
-                await work.handler(incoming)
-            else:
-                await self._in_time(work.handler(incoming), self._listen.time_limit_ms)
+            if await self._may_call([work]):
+                if self._listen.time_limit_ms is None:
+                    await work.bound.call(work.incoming)
+                else:
+                    await self._in_time(work.bound.call(work.incoming), self._listen.time_limit_ms)
 
-    async def _call_all(self, works: Sequence[Work]) -> list[Exception | None]:
-        """Run the effects of many messages; answers what each failed with."""
-        return await self._group.submit_all(self._apply, works)
+    async def _call_many(self, works: Sequence[Work]) -> Sequence[Exception | None]:
+        """Run effects, or one batch handler, once for all of these; answers what each failed with."""
+        if works[0].bound.kind == "effect":
+            return await self._group.submit_all(self._apply, works)
+        return await self._call_batch(works)
+
+    async def _call_batch(self, works: Sequence[Work]) -> Sequence[Exception | None]:
+        async with self._slots:
+            try:
+                if not await self._may_call(works):
+                    return [None] * len(works)
+                with tracing.together("process", self._listen.queue, lambda: _traces(works), len(works)):
+                    call = works[0].bound.call([work.incoming for work in works])
+                    limit_ms = self._listen.time_limit_ms
+                    outcomes: Sequence[Exception | None] = await (
+                        call if limit_ms is None else self._in_time(call, limit_ms)
+                    )
+                    return outcomes
+            except (ShuttingDown, HandlerTimeout) as error:
+                return [error] * len(works)
+
+    async def _may_call(self, works: Sequence[Work]) -> bool:
+        """In mode `none` ack first: what could not be acked may come again, so nobody may have handled it.
+
+        Raises `ShuttingDown` for those whose turn came too late.
+        """
+        if self._stopping.is_set():
+            raise ShuttingDown("stopped before this message's turn")
+        return self._listen.ack != "none" or await works[0].settler.settle([ack(work.delivery) for work in works])
 
     @staticmethod
-    async def _in_time(work: Awaitable[None], limit_ms: int) -> None:
+    async def _in_time(work: Awaitable[T], limit_ms: int) -> T:
         limit = asyncio.timeout(limit_ms / 1_000)
         try:
             async with limit:
-                await work
+                return await work
         except TimeoutError as error:
             if not limit.expired():
                 raise
             raise HandlerTimeout(f"not done within {limit_ms} ms; it was cancelled") from error
+
+    async def _apply(self, tx: Tx, works: Sequence[Work]) -> list[HoldfastError | None]:
+        """Decide a batch: claim in the inbox, run the effects, ack; all in `tx`."""
+        fresh = await self._inbox.fresh(tx, self._listen.name, [work.delivery.message.message_id for work in works])
+        batches: dict[int, tuple[Bound, list[Incoming]]] = {}
+        for work in works:
+            tx.caused(work.incoming.body, tracing.trace_of(work.delivery))
+            if work.delivery.message.message_id in fresh:
+                fresh.discard(work.delivery.message.message_id)  # a second copy in this very batch is a duplicate
+                batches.setdefault(id(work.bound), (work.bound, []))[1].append(work.incoming)
+        for bound, batch in batches.values():
+            with _applying(self._listen.queue, tx, batch):
+                await bound.call(tx, batch)
+        await works[0].subscription.settle([ack(work.delivery) for work in works], tx)
+        return [None for _ in works]
+
+    # -- giving up ----------------------------------------------------------------------------------------------------
 
     async def _recover(self, delivery: Delivery, error: Exception) -> Settlement:
         """Hand a message that is given up on to the recoverer; one that fails itself loses nothing."""
@@ -383,21 +396,6 @@ class Listener:
             return await self._recover(delivery, error)
         return retry(delivery, wait_ms, reason=repr(error)[:300])
 
-    async def _apply(self, tx: Tx, works: Sequence[Work]) -> list[HoldfastError | None]:
-        """Decide a batch: claim in the inbox, run the effects by type, ack; all in `tx`."""
-        fresh = await self._inbox.fresh(tx, self._listen.name, [work.delivery.message.message_id for work in works])
-        bodies: dict[type, list[Any]] = {}
-        for work in works:
-            message = work.delivery.message
-            tx.caused(work.body, observe.trace_in(message.headers))
-            if message.message_id in fresh:
-                fresh.discard(message.message_id)  # a second copy in this very batch is a duplicate
-                bodies.setdefault(type(work.body), []).append(work.body)
-        for kind, batch in bodies.items():
-            await self._listen.effects[kind](tx, batch)
-        await works[0].subscription.settle([ack(work.delivery) for work in works], tx)
-        return [None for _ in works]
-
     async def _pause(self, seconds: float) -> None:
         """Wait, but not longer than until the stop."""
         timer = asyncio.ensure_future(self._clock.sleep(seconds))
@@ -407,3 +405,11 @@ class Listener:
         finally:
             timer.cancel()
             stop.cancel()
+
+
+def _applying(queue: str, tx: Tx, batch: Sequence[Incoming]) -> Any:
+    return tracing.together("apply", queue, lambda: [tx.trace_of(incoming.body) for incoming in batch], len(batch))
+
+
+def _traces(works: Sequence[Work]) -> list[Any]:
+    return [tracing.trace_of(work.delivery) for work in works]

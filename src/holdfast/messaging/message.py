@@ -41,10 +41,11 @@ class Delivery:
     """One handing-over of a message to this process; to be settled exactly once.
 
     `attempt` counts from 1 and grows with every durable retry; it is stored with the message and survives a crash.
-    `deliveries` counts every handing-over, also those that ended in a crash. `receipt` belongs to the transport.
+    `deliveries` counts every handing-over, also those that ended in a crash. `receipt` belongs to the transport,
+    `trace` to the listener: the headers that carry the span it is handled in, empty without one.
     """
 
-    __slots__ = ("_settled", "attempt", "deliveries", "message", "queue", "receipt")
+    __slots__ = ("_settled", "attempt", "deliveries", "message", "queue", "receipt", "trace")
 
     def __init__(self, *, message: Message, queue: str, attempt: int, deliveries: int, receipt: Any) -> None:
         self.message = message
@@ -52,6 +53,7 @@ class Delivery:
         self.attempt = attempt
         self.deliveries = deliveries
         self.receipt = receipt
+        self.trace: Mapping[str, str] = {}
         self._settled = False
 
     @property

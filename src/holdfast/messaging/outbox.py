@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.db.database import Tx
 from holdfast.ids import IdSource
+from holdfast.messaging import tracing
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.draft import Composer, Draft
 from holdfast.messaging.transport import SharesDatabase
@@ -59,12 +59,10 @@ class Outbox:
         """
         if not drafts:
             return
-        trace = observe.trace_headers()  # of the running task; a draft's own comes first
-        for problem in await self._transport.publish_in(
-            tx, [self._composer.outgoing(draft, trace) for draft in drafts]
-        ):
-            if problem is not None:
-                raise problem
+        with tracing.sending(drafts, self._composer.outgoing) as sending:
+            for problem in await self._transport.publish_in(tx, sending.batch):
+                if problem is not None:
+                    raise problem
 
     async def cancel(self, tx: Tx, *cancel_keys: str) -> int:
         """Remove pending messages by key within `tx`; answers how many. One already delivered is not called back."""

@@ -7,10 +7,10 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.errors import PublishError, PublishRejected, PublishUnconfirmed
 from holdfast.ids import IdSource
+from holdfast.messaging import tracing
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.draft import Composer, Draft
 from holdfast.messaging.message import Outgoing
@@ -75,16 +75,17 @@ class Publisher:
         Those known not to be stored are tried again, the others are not. Raises `InvalidInput` for a draft that cannot
         be sent; then none was.
         """
-        trace = observe.trace_headers()
-        batch = [self._composer.outgoing(draft, trace) for draft in drafts]
         outcomes: dict[int, PublishError | None] = {}
-        try:
-            async with asyncio.timeout(deadline_s):
-                await self._send(batch, outcomes)
-        except TimeoutError:
-            pass  # whose outcome is not known by now is unconfirmed
-        unknown = f"no confirm within {deadline_s} s; it may or may not be stored"
-        return [outcomes[at] if at in outcomes else PublishUnconfirmed(unknown) for at in range(len(batch))]
+        with tracing.sending(drafts, self._composer.outgoing) as sending:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await self._send(sending.batch, outcomes)
+            except TimeoutError:
+                pass  # whose outcome is not known by now is unconfirmed
+            unknown = f"no confirm within {deadline_s} s; it may or may not be stored"
+            told = [outcomes[at] if at in outcomes else PublishUnconfirmed(unknown) for at in range(len(drafts))]
+            sending.ended(told)
+        return told
 
     async def _send(self, batch: Sequence[Outgoing], outcomes: dict[int, PublishError | None]) -> None:
         """Send until every outcome is final; those of messages that are on their way again are taken out meanwhile."""

@@ -11,7 +11,7 @@ from holdfast.clock import Clock
 from holdfast.errors import HoldfastError, InvalidInput, ReplyTimeout, ShuttingDown
 from holdfast.ids import IdSource
 from holdfast.messaging.codec import Codec
-from holdfast.messaging.listener import Incoming
+from holdfast.messaging.injection import Incoming
 from holdfast.messaging.message import Delivery, ack
 from holdfast.messaging.publisher import DEADLINE_S, Publisher
 from holdfast.messaging.topology import Queue, Topology

@@ -40,8 +40,14 @@ class Settler:
         while self._flushing is not None:
             await asyncio.wait([self._flushing])
 
+    async def in_the_name_of_a_handler(self, settlement: Settlement) -> None:
+        """Settle one at once, and raise what goes wrong: in manual mode the handler decides."""
+        await self._subscription.settle([settlement])
+
     async def settle(self, settlements: Sequence[Settlement]) -> bool:
         """Settle at once; False when that was given up."""
+        if not settlements:
+            return True
         while True:
             try:
                 await self._subscription.settle(settlements)

@@ -72,7 +72,8 @@ messages = Table(
     Column("body", LargeBinary, nullable=False),
     Column("published_us", BigInteger, nullable=False),
 )
-Index("ix_hf_message_ready", messages.c.queue, messages.c.due_us, messages.c.id)
+# Its last column is for counting: with it, what is ready, unacked or delayed is told without reading a row.
+Index("ix_hf_message_ready", messages.c.queue, messages.c.due_us, messages.c.id, messages.c.lease)
 Index(
     "ix_hf_message_cancel_key",
     messages.c.cancel_key,

@@ -24,11 +24,13 @@ from holdfast.messaging.codec import Codec
 from holdfast.messaging.error_store import LIST_MAX, ErrorStore
 from holdfast.messaging.faults import Faults, FaultyListener, ScriptedFailure
 from holdfast.messaging.inbox import Inbox
-from holdfast.messaging.listener import Listen, Listener
+from holdfast.messaging.listen import Listen
+from holdfast.messaging.listener import Listener
 from holdfast.messaging.message import Delivery, Message, Outgoing
 from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.parked import ParkedMessage
 from holdfast.messaging.publisher import Publisher
+from holdfast.messaging.queue_gauges import QueueGauges
 from holdfast.messaging.recover import Park
 from holdfast.messaging.tables import HISTORY, messages
 from holdfast.messaging.toolkit import Messaging
@@ -221,6 +223,8 @@ async def bus(types: Mapping[str, type] | Codec, topology: Topology) -> AsyncIte
         stack.push_async_callback(transport.close)
         await transport.start()
         await transport.declare(topology)
+        gauges = QueueGauges(database, clock)
+        stack.push_async_callback(gauges.close)
         running = Bus(
             clock=clock,
             ids=ids,
@@ -232,6 +236,7 @@ async def bus(types: Mapping[str, type] | Codec, topology: Topology) -> AsyncIte
             publisher=Publisher(transport, codec, clock, ids),
             error_store=ErrorStore(database, clock, ids, tell=transport.tell),
             recover=Park(),
+            queue_gauges=gauges,
             drain_s=DRAIN_S,
             listeners=[],
             database=database,

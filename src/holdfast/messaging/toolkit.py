@@ -17,9 +17,12 @@ from holdfast.ids import IdSource
 from holdfast.messaging.codec import Codec
 from holdfast.messaging.error_store import ErrorStore
 from holdfast.messaging.inbox import Inbox
-from holdfast.messaging.listener import Incoming, Listen, Listener
+from holdfast.messaging.injection import Incoming
+from holdfast.messaging.listen import Listen
+from holdfast.messaging.listener import Listener
 from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.publisher import Publisher
+from holdfast.messaging.queue_gauges import QueueGauges
 from holdfast.messaging.recover import Park, Recoverer, Republish, error_topology
 from holdfast.messaging.request import Requester, reply
 from holdfast.messaging.tables import HISTORY
@@ -44,6 +47,7 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
     publisher: Publisher
     error_store: ErrorStore
     recover: Recoverer
+    queue_gauges: QueueGauges
     drain_s: float
     listeners: list[Listener]
 
@@ -74,6 +78,13 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
     async def reply(self, incoming: Incoming, body: Any) -> None:
         """Answer a request that a plain handler got; raises `InvalidInput` for a message that is none."""
         await reply(self.publisher, incoming, body)
+
+    async def observe_queues(self) -> bool:
+        """Bring the gauges of the queues up to date for a scrape of `holdfast.observe.registry`.
+
+        Counts at most every 5 s, waits for it 1 s at most, raises nothing; answers whether they are at most 5 s old.
+        """
+        return await self.queue_gauges.refresh()
 
     async def stop_listeners(self) -> None:
         """Let running handlers finish, give the rest back to the queues."""
@@ -115,6 +126,8 @@ async def open_messaging(
             topology += error_topology(error_service)
         await transport.declare(topology)
         codec = types if isinstance(types, Codec) else Codec(types)
+        gauges = QueueGauges(database, clock)
+        stack.push_async_callback(gauges.close)
         running = Messaging(
             clock=clock,
             ids=ids,
@@ -126,6 +139,7 @@ async def open_messaging(
             publisher=Publisher(transport, codec, clock, ids),
             error_store=ErrorStore(database, clock, ids, tell=transport.tell),
             recover=Park() if error_service is None else Republish(service=error_service),
+            queue_gauges=gauges,
             drain_s=settings.drain_ms / 1_000,
             listeners=[],
         )

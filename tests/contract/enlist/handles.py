@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from holdfast.bootstrap import System
 from holdfast.messaging.enlist import ConnectionInbox, ConnectionOutbox
-from holdfast.messaging.listener import Incoming
+from holdfast.messaging.injection import Incoming
 from tests.conftest import eventually
 from tests.contract.notes import EXCHANGE, KEY, Note, plainly
 

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from holdfast.bootstrap import System
 from holdfast.errors import InvalidInput, PublishError, PublishRejected, Unroutable
 from holdfast.messaging.draft import DELAY_MS_MAX, Draft
-from holdfast.messaging.listener import Incoming
+from holdfast.messaging.injection import Incoming
 from tests.conftest import eventually
 from tests.contract.enlist.handles import Handle, Heard, OpenHandle
 from tests.contract.notes import (

@@ -18,7 +18,8 @@ from holdfast.db.database import Tx
 from holdfast.errors import InvalidInput
 from holdfast.messaging import testing
 from holdfast.messaging.draft import Draft
-from holdfast.messaging.listener import Incoming, Listen
+from holdfast.messaging.injection import Incoming
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.message import ack
 from holdfast.messaging.recover import Republish, error_topology
 from holdfast.messaging.retry import RetryPolicy

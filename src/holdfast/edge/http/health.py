@@ -26,8 +26,9 @@ async def ready(system: NamedDependency[System]) -> dict[str, str]:
 
 
 @get("/metrics", summary="Prometheus metrics")
-async def metrics() -> Response[bytes]:
-    """All collectors of this process."""
+async def metrics(system: NamedDependency[System]) -> Response[bytes]:
+    """All collectors of this process, and how full the database's queues are; a slow database is not waited for."""
+    await system.messaging.observe_queues()
     # The framework adds the charset to every text by itself.
     media_type = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")
     return Response(content=generate_latest(observe.registry), media_type=media_type)

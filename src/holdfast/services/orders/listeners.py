@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdfast.db.database import Tx
-from holdfast.messaging.listener import Incoming, Listen
+from holdfast.messaging.injection import Incoming
+from holdfast.messaging.listen import Listen
 from holdfast.messaging.retry import Retry
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import OrderDue, PaymentSucceeded

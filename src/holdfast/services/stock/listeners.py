@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from holdfast.db.database import Tx
 from holdfast.db.group_commit import GroupCommit
-from holdfast.messaging.listener import Listen
+from holdfast.messaging.listen import Listen
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import OrderClosed, OrderPaid
 from holdfast.services.stock.actions import Stock

@@ -61,7 +61,7 @@ def upgrade() -> None:
         sqlite_where=sa.text("expires_us IS NOT NULL"),
         postgresql_where=sa.text("expires_us IS NOT NULL"),
     )
-    op.create_index("ix_hf_message_ready", "hf_message", ["queue", "due_us", "id"], unique=False)
+    op.create_index("ix_hf_message_ready", "hf_message", ["queue", "due_us", "id", "lease"], unique=False)
     op.create_table(
         "hf_parked",
         sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),

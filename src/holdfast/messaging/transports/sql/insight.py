@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import case, func, select
+from sqlalchemy import Select, case, func, select
 
 from holdfast.clock import US_PER_S
 from holdfast.db.database import Tx
@@ -24,6 +24,11 @@ class QueueView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     delayed: int
     parked: int
     oldest_s: float  # how long the oldest ready message has been waiting; 0 without one
+
+    @property
+    def held(self) -> int:
+        """All messages in the queue itself; parked ones have left it."""
+        return self.ready + self.unacked + self.delayed
 
 
 class Peeked(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -46,31 +51,52 @@ def _kind(now_us: int) -> Any:
     return case((due, "ready"), (messages.c.lease.is_not(None), "unacked"), else_="delayed")
 
 
+def counting(now_us: int) -> Select[Any]:
+    """Counts of each queue that has messages, in one pass over ix_hf_message_ready, in its order, reading no row."""
+    due, held = messages.c.due_us <= now_us, messages.c.lease.is_not(None)
+    return select(
+        messages.c.queue,
+        func.count().label("total"),
+        func.count().filter(due).label("ready"),
+        func.count().filter(~due, held).label("unacked"),
+        func.min(messages.c.due_us).label("first_due_us"),
+    ).group_by(messages.c.queue)
+
+
 async def overview(tx: Tx, now_us: int) -> list[QueueView]:
     """All queues by name, the empty ones too."""
-    kind = _kind(now_us).label("kind")
-    oldest = func.min(messages.c.due_us).label("oldest_us")
-    grouped = select(messages.c.queue, kind, func.count().label("number"), oldest)
-    counts: dict[tuple[str, str], Any] = {}
-    for row in await tx.execute(grouped.group_by(messages.c.queue, kind)):
-        counts[row.queue, row.kind] = row
+    counts = {row.queue: row for row in await tx.execute(counting(now_us))}
     given_up = select(parked.c.queue, func.count().label("number")).where(parked.c.state == "parked")
     kept = {row.queue: row.number for row in await tx.execute(given_up.group_by(parked.c.queue))}
-    names = set((await tx.execute(select(queues.c.name))).scalars()) | set(kept) | {queue for queue, _ in counts}
+    names = set((await tx.execute(select(queues.c.name))).scalars()) | set(kept) | set(counts)
+    return [_view(name, counts.get(name), kept.get(name, 0), now_us) for name in sorted(names)]
 
-    def count(queue: str, state: str) -> int:
-        return int(counts[queue, state].number) if (queue, state) in counts else 0
 
+def _view(name: str, row: Any, parked_number: int, now_us: int) -> QueueView:
+    if row is None:
+        return QueueView(queue=name, ready=0, unacked=0, delayed=0, parked=parked_number, oldest_s=0.0)
+    return QueueView(
+        queue=name,
+        ready=row.ready,
+        unacked=row.unacked,
+        delayed=row.total - row.ready - row.unacked,
+        parked=parked_number,
+        oldest_s=(now_us - row.first_due_us) / US_PER_S if row.ready else 0.0,
+    )
+
+
+class Growth(QueueView, frozen=True, kw_only=True, rename="camel"):
+    """A queue at the end of an interval, and by how much it grew; what came and went meanwhile leaves no trace."""
+
+    growth_per_s: float  # of ready, unacked and delayed together: what came less what went
+
+
+def growth(before: Sequence[QueueView], after: Sequence[QueueView], interval_s: float) -> list[Growth]:
+    """How the queues changed between two overviews; one that is new grew from nothing."""
+    held = {view.queue: view.held for view in before}
     return [
-        QueueView(
-            queue=name,
-            ready=count(name, "ready"),
-            unacked=count(name, "unacked"),
-            delayed=count(name, "delayed"),
-            parked=kept.get(name, 0),
-            oldest_s=(now_us - counts[name, "ready"].oldest_us) / US_PER_S if (name, "ready") in counts else 0.0,
-        )
-        for name in sorted(names)
+        Growth(**msgspec.structs.asdict(view), growth_per_s=(view.held - held.get(view.queue, 0)) / interval_s)
+        for view in after
     ]
 
 

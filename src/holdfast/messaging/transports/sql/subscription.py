@@ -74,6 +74,7 @@ class SqlSubscription:
         self._consumer = ids.next()  # by which a single active consumer is known
         self._waiter = Waiter(clock)
         self._in_flight = observe.messages_in_flight.labels(queue)
+        self._delivered = observe.messages_delivered.labels(queue)
         self._prefetch = prefetch
         self._lease_us = lease_us
         self._poll_us = poll_us
@@ -244,6 +245,7 @@ class SqlSubscription:
         return [None for _ in requests]
 
     def _deliveries(self, rows: Sequence[Any]) -> list[Delivery]:
+        self._delivered.inc(len(rows))
         self._in_flight.inc(len(rows))
         deliveries = []
         for row in rows:
