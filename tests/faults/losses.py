@@ -26,7 +26,7 @@ from tests.contract.notes import EXCHANGE, KEY, Ledger, Note, effectively, parke
 PATIENCE_S = 60.0
 PAUSE_S = 0.02
 GIVES_UP = 0.2  # callers who do not ask again when they were told that the outcome is unknown
-LOCAL = RetryPolicy(tries=2, interval_ms=1)
+LOCAL = RetryPolicy(tries=1)  # each failure is a durable redelivery
 DURABLE = RetryPolicy(tries=1_000, interval_ms=5)
 
 T = TypeVar("T")
@@ -91,14 +91,15 @@ class Events:
                         await self._system.outbox.add(tx, exchange, key, Note(name))
                         await self._strike(tx)
                 except KeyTaken:
-                    return  # a former attempt was committed after all
+                    break  # a former attempt was committed after all
                 except (Unavailable, OutcomeUnknown) as error:
                     self.failures[error.code] += 1
                     if gives_up and isinstance(error, OutcomeUnknown):
                         return
                 else:
-                    return
+                    break
                 await asyncio.sleep(PAUSE_S)
+        self.confirmed.add(name)
 
     async def committed(self) -> list[str]:
         """Every event whose effect must happen."""
