@@ -251,12 +251,11 @@ async def test_H39_consumer_crashes(settings: Settings, scenario: Scenario, time
     async with opened(settings) as system:
         events = Events(system, await Ledger.of(system), chance)
     for _ in range(rounds):
-        async with opened(settings) as system:
-            await events.move_to(system)
-            await events.send(EVENTS)
-        await kill_at(settings.database.url, chance.randint(1, EVENTS))
-        if chance.random() < KILLED_AGAIN:
-            await kill_at(settings.database.url, 1)
+        for _ in range(2 if chance.random() < KILLED_AGAIN else 1):
+            async with opened(settings) as system:
+                await events.move_to(system)
+                await events.send(EVENTS)
+            await kill_at(settings.database.url, chance.randint(1, EVENTS))
         async with opened(settings) as system:
             await events.move_to(system)
             system.listen(consumer(Ledger.write))
