@@ -21,7 +21,8 @@
     └── PublishError            a message is not known to be stored
         ├── Unroutable          no queue takes this routing key (312 NO_ROUTE in AMQP)
         ├── PublishRejected     known not stored
-        │   └── NoSuchExchange  nobody declared the exchange; trying again cannot help
+        │   ├── NoSuchExchange  nobody declared the exchange; trying again cannot help
+        │   └── Unstorable      characters that no database stores; trying again cannot help
         └── PublishUnconfirmed  unknown: deadline or lost connection
 
 Foreign errors (drivers, libraries) are translated at the border where they arise, with the cause kept.
@@ -170,6 +171,13 @@ class PublishRejected(PublishError):
 
     code = "publish_rejected"
     retryable = True
+
+
+class Unstorable(PublishRejected):
+    """A text of the message holds characters that no database stores; the message is stored nowhere."""
+
+    code = "unstorable"
+    retryable = False
 
 
 class NoSuchExchange(PublishRejected):

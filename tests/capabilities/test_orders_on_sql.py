@@ -1,4 +1,4 @@
-"""Rows G4, G6, G10, G12, G14, H18, H29 and H40 of the capability table, checked as they stand there, on SQL."""
+"""Rows G4, G6, G10, G12, G14, H18, H19, H29 and H40 of the capability table, checked as they stand there, on SQL."""
 # ruff: noqa: N802  # the rows keep their names
 
 from __future__ import annotations
@@ -289,6 +289,52 @@ async def test_H18_business_status_idempotency(start_system: StartSystem, settin
     assert await count(system, "SELECT id FROM payment_refund") == 0
     assert await status(system, view) is OrderStatus.PAID
     await clean(system)
+
+
+@pytest.mark.parametrize("same_id_first", [True, False])
+async def test_H19_refund_not_overwritten_in_the_shop(start_system: StartSystem, same_id_first: bool) -> None:
+    """Money of a cancelled order is refunded; being told of that payment again changes neither order nor refund."""
+    system = await start_system()
+    await stock_up(system, "SKU-1", 5)
+    view = await order(system, quantity=2)
+    await system.orders.cancel(int(view.id), "ann")
+    assert await deliver(system, signed_notice(system, view, system.clock.now_us())) is Verdict.APPLIED
+    facts = "SELECT status, captured_minor, refunded_minor, changed_us FROM payment_order"
+
+    async def refunded() -> bool:
+        (now,) = await rows(system, facts)
+        return bool(now["captured_minor"] == now["refunded_minor"] == 2 * PRICE_MINOR)
+
+    await eventually(refunded, "the late money is refunded")
+    await clean(system)
+    before = await rows(system, facts)
+    told = "SELECT message_id FROM hf_inbox WHERE consumer = 'orders.pay'"
+    message_ids = {row["message_id"] for row in await rows(system, told)}
+    first = min(message_ids)
+    (payment,) = await rows(system, "SELECT id, captured_us FROM payment_order")
+    body = PaymentSucceeded(
+        payment_id=payment["id"],
+        order_id=int(view.id),
+        amount_minor=view.amount_minor,
+        currency=view.currency,
+        captured_us=payment["captured_us"],
+    )
+
+    async def handled() -> bool:
+        return await drained(system, topology.PAY_SUCCESS_QUEUE) and await drained(system, topology.PAY_REFUND_QUEUE)
+
+    for message_id in (first, "another") if same_id_first else ("another", first):
+        await system.publisher.publish(topology.PAY, topology.KEY_PAY_SUCCESS, body, message_id=message_id)
+        await eventually(handled, "the repeated message and what follows from it are handled")
+
+    assert {row["message_id"] for row in await rows(system, told)} == message_ids | {"another"}
+    await clean(system)
+    assert await rows(system, facts) == before
+    assert await rows(system, "SELECT amount_minor FROM sandbox_refund") == [{"amount_minor": 2 * PRICE_MINOR}]
+    assert await count(system, "SELECT id FROM payment_refund") == 1
+    assert await count(system, "SELECT id FROM order_log WHERE to_status = 'paid'") == 0
+    assert await status(system, view) is OrderStatus.CANCELLED
+    assert (await level(system)).available == 5
 
 
 async def test_H29_cancel_order(start_system: StartSystem, settings: Settings) -> None:

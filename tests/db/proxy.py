@@ -30,6 +30,12 @@ class LossyProxy:
         self.held = asyncio.Event()
         self.release = asyncio.Event()
         self.port = 0
+        self._clients: list[asyncio.StreamWriter] = []
+
+    def say(self, reply: bytes) -> None:
+        """Tell every client something that the server did not say."""
+        for to_client in self._clients:
+            to_client.write(reply)
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, HOST, 0)
@@ -52,12 +58,14 @@ class LossyProxy:
         task.add_done_callback(self._tasks.discard)
         server, to_server = await asyncio.open_connection(HOST, self._target_port)
         link = _Link(self, to_client, to_server)
+        self._clients.append(to_client)
         try:
             await asyncio.wait(
                 [asyncio.ensure_future(link.upwards(client)), asyncio.ensure_future(link.downwards(server))],
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
+            self._clients.remove(to_client)
             link.cut()
 
 
@@ -100,12 +108,17 @@ class _Link:
             writer.close()
 
 
+def fatal(sqlstate: str, message: str) -> bytes:
+    """The server's last word on a connection, an ErrorResponse."""
+    fields = b"SFATAL\x00VFATAL\x00C" + sqlstate.encode() + b"\x00M" + message.encode() + b"\x00\x00"
+    return b"E" + (len(fields) + 4).to_bytes(4, "big") + fields
+
+
 class RefusingServer:
     """Speaks just enough of PostgreSQL's protocol to refuse every connection with one error."""
 
     def __init__(self, sqlstate: str, message: str) -> None:
-        fields = b"SFATAL\x00VFATAL\x00C" + sqlstate.encode() + b"\x00M" + message.encode() + b"\x00\x00"
-        self._reply = b"E" + (len(fields) + 4).to_bytes(4, "big") + fields
+        self._reply = fatal(sqlstate, message)
         self._server: asyncio.Server | None = None
         self.port = 0
 

@@ -17,7 +17,7 @@ from holdfast.errors import HoldfastError, OutcomeUnknown, Unavailable, UnsafeDa
 from holdfast.settings import DatabaseSettings
 from tests.conftest import eventually
 from tests.db.jars import content, make_jars, put, seen
-from tests.db.proxy import LossyProxy, RefusingServer
+from tests.db.proxy import LossyProxy, RefusingServer, fatal
 from tests.servers.postgres import HOST, USER, PostgresServer, require_postgres
 
 
@@ -219,6 +219,37 @@ async def test_a_lost_reply_to_commit_is_an_unknown_outcome(
             assert woken == []
             assert proxy.swallowed == (0 if before_commit else 1)
             assert await content(database) == ({} if before_commit else {"a": 0})
+
+
+@pytest.mark.parametrize(
+    ("told_before", "expected"), [("BEGIN", Unavailable), ("a statement", Unavailable), ("COMMIT", OutcomeUnknown)]
+)
+async def test_a_server_that_said_goodbye_and_has_not_hung_up_yet_is_away(
+    postgres_server: PostgresServer, postgres_name: str, told_before: str, expected: type[HoldfastError]
+) -> None:
+    """The driver then has an error of its own for whoever uses the connection in that moment."""
+    async with LossyProxy(postgres_server.port) as proxy:
+        through_proxy = f"postgresql://{USER}@{HOST}:{proxy.port}/{postgres_name}"
+        async with opened(through_proxy, pool_size=1) as database:
+            await make_jars(database)
+
+            async def goodbye(moment: str) -> None:
+                if moment == told_before:
+                    proxy.say(fatal("57P01", "terminating connection due to administrator command"))
+                    await loop_turns(50)
+
+            async def work() -> None:
+                await goodbye("BEGIN")
+                async with database.transaction() as tx:
+                    await put(tx, "a")
+                    await goodbye("a statement")
+                    await put(tx, "b")
+                    await goodbye("COMMIT")
+
+            with pytest.raises(expected):
+                await work()
+            async with asyncio.timeout(20):
+                assert await content(database) == {}  # on another connection: that one is of no more use
 
 
 @pytest.mark.parametrize("cancels", [1, 2])

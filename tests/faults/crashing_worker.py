@@ -1,8 +1,8 @@
-"""A program of the toolkit that dies at a boundary: `python -m tests.faults.crashing_worker URL SCENARIO POINT`.
+"""A program of the toolkit that dies: `python -m tests.faults.crashing_worker URL SCENARIO [KIND NUMBER]`.
 
-The boundaries are those of its transactions: before each begins, after it began, before its commit, after its commit;
-every publish, claim, settlement and business write of the toolkit lies between two of them. POINT numbers them from 0
-in the order in which they come; -1 means to live. Status 17: it died there; 0: it came to its end.
+The boundaries lie before and after each begin, commit, publish and settle, those within an open transaction included;
+every claim and business write lies between two of them. NUMBER counts those of one KIND from 1 in the order in which
+they come; without both it lives. Status 17: it died there; 0: it came to its end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -27,10 +28,17 @@ from holdfast.messaging.retry import Reject, RetryPolicy
 from holdfast.messaging.tables import HISTORY
 from holdfast.messaging.toolkit import Messaging, open_messaging
 from holdfast.messaging.topology import Binding, Exchange, Queue, Topology
+from holdfast.messaging.transports.sql.subscription import SqlSubscription
+from holdfast.messaging.transports.sql.transport import SqlTransport
 from tests.conftest import eventually
+
+Verb = Callable[..., Awaitable[Any]]
 
 DIED = 17
 ORDERS = 3
+VERBS = ("begin", "commit", "publish_in in a transaction", "settle in a transaction")
+MORE_VERBS = {"effects": (), "retry": ("settle",), "dead letter": ("settle", "publish")}
+"""What each scenario passes besides; an effect's messages and its ack are written in its transaction."""
 
 metadata = MetaData()
 wishes = Table("wish", metadata, Column("number", Integer, primary_key=True))
@@ -68,36 +76,54 @@ ONCE = RetryPolicy(tries=1)
 DEAD_LETTER = DeadLetter()
 
 
-def die_at(database: Database, point: int) -> None:
-    """Let the process end at the boundary of that number, as `kill -9` would."""
-    passed = -1
+def die_at(database: Database, kind: str, number: int) -> None:
+    """Let the process end at the boundary of that kind and number, as `kill -9` would."""
     inner = database.transaction
+    passed: Counter[str] = Counter()
 
-    def boundary() -> None:
-        nonlocal passed
-        passed += 1
-        if passed == point:
+    def boundary(here: str) -> None:
+        passed[here] += 1
+        if here == kind and passed[here] == number:
             os._exit(DIED)
 
     @asynccontextmanager
     async def transaction() -> AsyncIterator[Tx]:
-        boundary()
+        boundary("before begin")
         async with inner() as tx:
-            boundary()
+            boundary("after begin")
             yield tx
-            boundary()
-        boundary()
+            boundary("before commit")
+        boundary("after commit")
 
     database.transaction = transaction  # type: ignore[method-assign]
+    for owner, verb in ((SqlTransport, "publish"), (SqlTransport, "publish_in"), (SqlSubscription, "settle")):
+        setattr(owner, verb, _between(getattr(owner, verb), verb, boundary))
+
+
+def _between(inner: Verb, name: str, boundary: Callable[[str], None]) -> Verb:
+    """The same verb with a boundary before and one after it; says whether it is called within a transaction."""
+
+    async def verb(*arguments: Any) -> Any:
+        within = " in a transaction" if any(isinstance(each, Tx) for each in arguments) else ""
+        boundary(f"before {name}{within}")
+        answer = await inner(*arguments)
+        boundary(f"after {name}{within}")
+        return answer
+
+    return verb
 
 
 async def note(tx: Tx, what: str) -> None:
     await tx.execute(insert(effects).values(what=what))
 
 
-async def place(bus: Messaging, database: Database, **options: Any) -> None:
-    """Each order once, however often this runs: its row and its message commit together."""
+async def place(bus: Messaging, database: Database, scenario: str) -> None:
+    """Each order once, however often this runs: its row and its message commit together, or its message has one id."""
+    options: dict[str, Any] = {"delay_ms": 30} if scenario == "retry" else {}
     for number in range(ORDERS):
+        if scenario == "dead letter":
+            await bus.publisher.publish("orders", "placed", Placed(number), message_id=f"order-{number}")
+            continue
         async with database.transaction() as tx:
             fresh = insert_for(tx.dialect, wishes).values(number=number).on_conflict_do_nothing()
             if (await tx.execute(fresh)).rowcount:
@@ -123,8 +149,10 @@ def listen(bus: Messaging, scenario: str) -> None:
 
     async def on_placed_failing_once(tx: Tx, orders: Sequence[Placed]) -> None:
         await pack(bus, tx, orders)
-        if not failed:
-            failed.append(True)
+        fresh = {order.number for order in orders} - failed
+        if len(orders) == 1:  # a batch that fails is split, and only who fails alone is delivered again
+            failed.update(fresh)
+        if fresh:
             raise RuntimeError("the first time fails, after its writes")
 
     async def rejected(_: Incoming) -> None:
@@ -134,7 +162,7 @@ def listen(bus: Messaging, scenario: str) -> None:
         for order in orders:
             await note(tx, f"returned {order.number}")
 
-    failed: list[bool] = []
+    failed: set[int] = set()
     first = on_placed_failing_once if scenario == "retry" else on_placed
     if scenario == "dead letter":
         bus.listen(Listen(name="placed", queue="placed", plain={Placed: rejected}, recover=DEAD_LETTER))
@@ -144,17 +172,17 @@ def listen(bus: Messaging, scenario: str) -> None:
         bus.listen(Listen(name="packed", queue="packed", effects={Packed: packed}, local=FAST))
 
 
-async def run(url: str, scenario: str, point: int) -> None:
+async def run(url: str, scenario: str, kind: str = "", number: str = "0") -> None:
     database = await connect(DatabaseSettings(url=url))
     try:
         await migrate(database, [HISTORY])
         async with database.transaction() as tx:
             await tx.connection.run_sync(metadata.create_all)
-        die_at(database, point)
+        die_at(database, kind, int(number))
         settings = MessagingSettings(lease_ms=1_000, poll_ms=50)
         async with open_messaging(database, TYPES, TOPOLOGY, settings=settings) as bus:
             listen(bus, scenario)
-            await place(bus, database, **({"delay_ms": 30} if scenario == "retry" else {}))
+            await place(bus, database, scenario)
             await eventually(lambda: done(bus, database, scenario), "all is done")
     finally:
         await database.close()
@@ -168,4 +196,4 @@ async def done(bus: Messaging, database: Database, scenario: str) -> bool:
 
 
 if __name__ == "__main__":
-    asyncio.run(run(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    asyncio.run(run(*sys.argv[1:]))

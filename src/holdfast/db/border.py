@@ -31,6 +31,8 @@ _AWAY_CLASSES = ("08", "53", "57", "58")
 _AWAY_CODES = {"55P03", "25006"}
 
 _DRIVERS = ("asyncpg.", "psycopg")
+# asyncpg's for a connection that is closed, or on which the server said goodbye and has not hung up yet.
+_AWAY_CLIENT = ("InterfaceError", "InternalClientError")
 
 _SQLITE_AWAY = {
     sqlite3.SQLITE_BUSY,
@@ -83,7 +85,7 @@ def _from_driver(error: Exception, origin: BaseException | None, cut: bool) -> E
         or sqlstate in _AWAY_CODES
         or sqlstate.startswith(_AWAY_CLASSES)
         or sqlite_code & 0xFF in _SQLITE_AWAY
-        or "InterfaceError" in type(origin).__name__
+        or type(origin).__name__.endswith(_AWAY_CLIENT)
         or isinstance(origin, (OSError, TimeoutError))
     ):
         # The server's own word may be told; a driver's names addresses and the like.

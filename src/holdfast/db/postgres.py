@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from sqlalchemy import URL, text
+from sqlalchemy import URL, event, exc, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from holdfast.db.border import translate
@@ -58,6 +58,7 @@ class PostgresDatabase:
             )
         except ModuleNotFoundError as error:
             raise InvalidSettings("database: PostgreSQL needs asyncpg; pip install 'holdfast[postgres]'") from error
+        event.listen(engine.sync_engine, "checkout", _refuse_dead)
         database = cls(engine, url)
         try:
             await database._refuse_unsafe()
@@ -127,6 +128,12 @@ class PostgresDatabase:
                         f"PostgreSQL runs with {name}=off: a crash would lose orders that were acknowledged. "
                         f"Set {name}=on (server, database or role) and start again"
                     )
+
+
+def _refuse_dead(connection: Any, _record: Any, _proxy: Any) -> None:
+    """Hand out no connection that the server has closed while it lay in the pool: one means all of that age."""
+    if connection.driver_connection.is_closed():
+        raise exc.InvalidatePoolError
 
 
 async def _begin(connection: AsyncConnection) -> Any:

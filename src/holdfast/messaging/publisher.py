@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.errors import PublishError, PublishRejected, PublishUnconfirmed
 from holdfast.ids import IdSource
@@ -18,6 +19,8 @@ from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.transport import Transport
 
 DEADLINE_S = 10.0
+
+log = observe.logger("publisher")
 
 
 class Publisher:
@@ -48,7 +51,8 @@ class Publisher:
     ) -> str:
         """Send one message and return its id once it is stored.
 
-        A message known not to be stored is tried again (3 times, 1 s apart, by default), all tries within `deadline_s`.
+        A message known not to be stored is tried again (3 tries, 1 s apart, by default), all within `deadline_s`; each
+        failed try is logged.
         Raises `Unroutable`, `PublishRejected` (not stored) or `PublishUnconfirmed` (unknown: publish again with the
         same `message_id`, and the inbox drops the copy).
         """
@@ -97,11 +101,19 @@ class Publisher:
             problems = await self._transport.publish([batch[at] for at in pending])
             outcomes.update(zip(pending, problems, strict=True))
             again = {at: wait for at in pending if (wait := self._wait_ms(attempt, outcomes[at])) is not None}
+            self._note(attempt, problems)
             if not again:
                 return
             pending = list(again)
             attempt += 1
             await self._clock.sleep(max(again.values()) / 1_000)
+
+    def _note(self, attempt: int, problems: Sequence[PublishError | None]) -> None:
+        """Log a try that trying again can mend: one line for a batch, with the first of its problems."""
+        failed = [problem for problem in problems if problem is not None and problem.retryable]
+        if failed:
+            first = failed[0]
+            log.warning("publish_failed", attempt=attempt, messages=len(failed), error=first.code, detail=first.detail)
 
     def _wait_ms(self, attempt: int, problem: PublishError | None) -> int | None:
         if not isinstance(problem, PublishRejected) or not problem.retryable:

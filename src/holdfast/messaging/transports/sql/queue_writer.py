@@ -11,7 +11,7 @@ from sqlalchemy import Executable, Text, bindparam, delete, false, func, select
 from holdfast import observe
 from holdfast.db.database import Dialect, Tx
 from holdfast.db.prepared import Prepared, among
-from holdfast.errors import PublishError, PublishRejected, Unroutable
+from holdfast.errors import PublishError, PublishRejected, Unroutable, Unstorable
 from holdfast.messaging.message import Outgoing
 from holdfast.messaging.tables import messages
 from holdfast.messaging.topology import Queue
@@ -117,7 +117,7 @@ def _outcomes(routed: Sequence[Reached]) -> list[PublishError | None]:
 
 
 def _refuse_unstorable(outgoing: Outgoing) -> None:
-    """Raise `PublishRejected` for text that no database stores: NUL, or half a surrogate pair."""
+    """Raise `Unstorable` for text that no database stores: NUL, or half a surrogate pair."""
     message = outgoing.message
     texts = (
         message.exchange,
@@ -134,9 +134,7 @@ def _refuse_unstorable(outgoing: Outgoing) -> None:
         return
     for text in texts:
         if "\x00" in text or not _is_unicode(text):
-            raise PublishRejected(
-                f"message {message.message_id!r:.60}: {text!r:.60} holds characters that cannot be stored"
-            )
+            raise Unstorable(f"message {message.message_id!r:.60}: {text!r:.60} holds characters that cannot be stored")
 
 
 def _is_unicode(text: str) -> bool:
