@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from holdfast import observe
 from holdfast.clock import Clock, SystemClock
 from holdfast.db.database import Database
 from holdfast.db.group_commit import GroupCommit
@@ -117,6 +118,7 @@ async def open_messaging(
     limits = database_settings or DatabaseSettings()
     async with AsyncExitStack() as stack:
         await require_current(database, [HISTORY])
+        observe.tracer()  # asked now, so that the first message has its span
         group = GroupCommit(database, clock, batch_max=limits.batch_max, queue_max=limits.queue_max)
         group.start()
         stack.push_async_callback(group.close)

@@ -115,7 +115,7 @@ class SqlTransport:
 
     async def publish(self, batch: Sequence[Outgoing]) -> list[PublishError | None]:
         try:
-            return await self._group.submit(self._publish_batches, batch)
+            return await self._group.submit(self._publish_batches, batch, traced=False)
         except OutcomeUnknown as error:
             return [PublishUnconfirmed(error.detail) for _ in batch]
         except InvalidInput:
