@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from holdfast.messaging.request import Requester, reply
 from holdfast.messaging.tables import HISTORY
 from holdfast.messaging.topology import Topology
 from holdfast.messaging.transports.registry import sql_transport
+from holdfast.messaging.transports.sql.insight import Peeked
 from holdfast.messaging.transports.sql.transport import SqlTransport
 from holdfast.settings import DatabaseSettings, MessagingSettings
 
@@ -79,6 +80,15 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
     async def reply(self, incoming: Incoming, body: Any) -> None:
         """Answer a request that a plain handler got; raises `InvalidInput` for a message that is none."""
         await reply(self.publisher, incoming, body)
+
+    async def pending(
+        self, *, queue: str | None = None, cancel_key: str | None = None, limit: int = 100
+    ) -> Sequence[Peeked]:
+        """Delayed messages that are not due yet, the soonest first, at most `limit` (1,000): of a queue, under a key.
+
+        Raises `InvalidInput` where neither is given.
+        """
+        return await self.transport.pending(queue=queue, cancel_key=cancel_key, limit=limit)
 
     async def observe_queues(self) -> bool:
         """Bring the gauges of the queues up to date for a scrape of `holdfast.observe.registry`.
