@@ -55,7 +55,7 @@ SYSTEMS: dict[str, dict[str, System]] = {
         "holdfast, prefetch 1,000": System(lambda url: ours.Holdfast.open(url, 1_000), 20_000, 40_000, peer=False),
         "pgqueuer": System(lambda url: on_postgres.PgQueuerQueue.open(url, 10), 6_000, 14_000),
         "pgqueuer, batch 100": System(lambda url: on_postgres.PgQueuerQueue.open(url, 100), 6_000, 34_000),
-        "procrastinate": System(lambda url: on_postgres.Procrastinate.open(url, 10), 2_000, 2_000),
+        "procrastinate": System(lambda url: on_postgres.Procrastinate.open(url, 10), 1_000, 1_000),
         "driver": System(on_postgres.Driver.open, 10_000, 90_000, peer=False),
         "holdfast, effects": System(ours.HoldfastEffects.open, 0, 40_000, peer=False),
         "holdfast, one effect a transaction": System(_alone, 0, 5_000, peer=False),
