@@ -27,6 +27,7 @@ class PostgresDatabase:
     def __init__(self, engine: AsyncEngine, url: URL) -> None:
         self._engine = engine
         self.url = url
+        self.singles = 0  # statements of `single` that are under way; who waits for rest looks here
 
     @classmethod
     async def open(cls, url: URL, *, pool_size: int = 10, statement_timeout_ms: int = 30_000) -> PostgresDatabase:
@@ -88,9 +89,13 @@ class PostgresDatabase:
         async with self._connection() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             tx = SingleTx(connection, "postgresql")
-            yield tx
-            tx.refuse_void()
-            tx.committed()
+            self.singles += 1
+            try:
+                yield tx
+                tx.refuse_void()
+                tx.committed()
+            finally:
+                self.singles -= 1
 
     @asynccontextmanager
     async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:

@@ -126,8 +126,13 @@ def by_lease(receipts: Sequence[Receipt]) -> list[tuple[int, list[int]]]:
 async def held(tx: Tx, settlements: Sequence[Settlement]) -> list[tuple[Any, str]]:
     """The messages' rows, each with the reason, where the lease is still ours: others are for their new holders.
 
-    They are locked before the rows of the error store that they may have come from, as an ack does.
+    They come in the order of the settlements, which is that of their dead letters. They are locked before the rows of
+    the error store that they may have come from, as an ack does.
     """
-    ours = {each.delivery.receipt.row_id: each for each in settlements}
-    rows = await WHOLE.rows(tx, row_ids=list(ours))
-    return [(row, ours[row.id].reason) for row in rows if row.lease == ours[row.id].delivery.receipt.lease]
+    receipts = [(each, each.delivery.receipt) for each in settlements]
+    found = {row.id: row for row in await WHOLE.rows(tx, row_ids=[receipt.row_id for _, receipt in receipts])}
+    return [
+        (found[receipt.row_id], each.reason)
+        for each, receipt in receipts
+        if receipt.row_id in found and found[receipt.row_id].lease == receipt.lease
+    ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from types import TracebackType
 from typing import Any
 
@@ -286,8 +285,9 @@ class SqlSubscription:
         tx.on_commit(lambda: self._settled(settlements))
 
     async def _reject(self, tx: Tx, rejected: Sequence[Settlement]) -> None:
-        for reason, held in groupby(await leases.held(tx, rejected), key=itemgetter(1)):
-            await self._rows.bury(tx, [row for row, _ in held], "rejected", reason)
+        for row, reason in await leases.held(tx, rejected):
+            # One by one: what one of them pushes out of a full queue comes before the next one.
+            await self._rows.bury(tx, [row], "rejected", reason)
 
     async def _park(self, tx: Tx, given_up: Sequence[Settlement]) -> None:
         await self._rows.park(tx, await leases.held(tx, given_up))
