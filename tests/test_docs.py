@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,7 @@ TOLD = {  # what each example prints, as far as it is the story
     "order_by_key.py": {"order B: placed, paid, sent", "orders at work at once: 3"},
     "outbox_in_your_transaction.py": {"rolled back: no row, and no message", "welcomed: ann@example.org"},
     "outbox_with_sqlalchemy.py": {"rolled back: no row, and no message", "welcomed: ann@example.org"},
+    "quickstart.py": {"members: 0"},
     "request_and_reply.py": {"TICKET costs 9900", "asked while nobody answers: no reply within 0.2 s", "left: 0"},
     "retries_and_the_error_store.py": {
         "attempt 2: sent to ann@example.org",
@@ -131,23 +133,23 @@ def test_every_example_is_executed() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_examples_run(path: Path) -> None:
-    assert run_example(path) == TOLD[path.name]
+def test_examples_run(path: Path, tmp_path: Path) -> None:
+    assert run_example(path, tmp_path) == TOLD[path.name]
 
 
-# What has no story on a server: it runs in memory, whatever it is given.
-IN_MEMORY = {"hello.py", "testing_your_handlers.py", "coming_from_celery.py"}
+# What takes no URL: it runs in memory, or where the environment says.
+WITHOUT_URL = {"hello.py", "testing_your_handlers.py", "coming_from_celery.py", "quickstart.py"}
 
 
-@pytest.mark.parametrize("name", sorted(set(TOLD) - IN_MEMORY))
-def test_examples_run_on_postgresql(name: str, postgres_session: PostgresSession) -> None:
+@pytest.mark.parametrize("name", sorted(set(TOLD) - WITHOUT_URL))
+def test_examples_run_on_postgresql(name: str, tmp_path: Path, postgres_session: PostgresSession) -> None:
     require_postgres()
-    with BACKENDS["postgresql"](ROOT, postgres_session) as url:
-        assert run_example(ROOT / "examples" / name, url) == TOLD[name]
+    with BACKENDS["postgresql"](tmp_path, postgres_session) as url:
+        assert run_example(ROOT / "examples" / name, tmp_path, url) == TOLD[name]
 
 
-def run_example(path: Path, *arguments: str) -> set[str]:
-    """Run an example as a reader does, where only what the bare install has can be imported (and the driver of a URL).
+def run_example(path: Path, folder: Path, *arguments: str) -> set[str]:
+    """Run an example in `folder`, where only what the bare install has can be imported (and the driver of a URL).
 
     Answers the lines of `TOLD` that it printed.
     """
@@ -159,6 +161,7 @@ def run_example(path: Path, *arguments: str) -> set[str]:
         text=True,
         timeout=60,
         check=False,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     return {line for line in TOLD[path.name] if line in done.stdout}
@@ -181,6 +184,34 @@ sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def test_the_commands_of_the_quickstart_do_what_it_says(database_url: str, tmp_path: Path) -> None:
+    text, _, _ = page("quickstart.md").partition("## On PostgreSQL")
+    blocks = re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)
+    commands = re.findall(r"^\$ (.*)$", "".join(blocks), flags=re.MULTILINE)
+    assert commands[:3] == ["python3 -m venv .venv", ". .venv/bin/activate", "pip install ."]  # the test has that
+    chosen = "export HOLDFAST_DATABASE=sqlite:///club.db"
+    assert chosen in commands
+    commands = [f"export HOLDFAST_DATABASE={database_url}" if each == chosen else each for each in commands[3:]]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = "set -eu\n" + "\n".join(commands)
+    done = subprocess.run(
+        ["bash", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    for line in ("handled: Ann", "welcomed: ann@example.org", "replayed 1 message", "welcomed: ben@example.org"):
+        assert line in done.stdout
+    assert done.stdout.count("members: 2") == 2
+    last = done.stdout.splitlines()[-1].split()
+    assert last[1:3] == ["done", "members.welcome"]
 
 
 def test_hello_is_short() -> None:
