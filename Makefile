@@ -40,8 +40,10 @@ check: $(READY)  ## Format, lint and types
 torture: $(READY) services  ## Kills, races and crashes with the full N; prints what was done
 	@TORTURE=full $(BIN)/python -m pytest tests/faults tests/contract/test_model.py -m torture
 
-bench: $(READY) services  ## Orders per second against the hand-rolled baseline, as ratios in one run
+bench: $(READY) services  ## Orders and messages per second against baselines, peers and the limit; backlogs and poison
 	@$(BIN)/python -m benchmarks.bench_orders
+	@$(BIN)/python -m benchmarks.bench_messages
+	@$(BIN)/python -m benchmarks.bench_backlog
 
 docs: $(READY)  ## Check that the pages tell the truth: commands, settings, links
 	@$(BIN)/python -m pytest tests/test_docs.py

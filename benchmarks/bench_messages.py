@@ -113,7 +113,7 @@ def _table(database: str, rows: list[Row]) -> str:
         told = f"{probe[0] * 1_000:.0f}-{probe[1] * 1_000:.0f} ms"
         lines.append(f"| {row.system} | {' | '.join(figures)} | {told} |")
     lines.append("")
-    ours = [row for row in rows if row.system.startswith("holdfast") and "effects" not in row.system]
+    ours = [row for row in rows if row.system.startswith("holdfast") and "effect" not in row.system]
     for mine in ours:
         for measure, name in MEASURES.items():
             others = [row for row in rows if SYSTEMS[database][row.system].peer or row.system == "driver"]
@@ -124,9 +124,12 @@ def _table(database: str, rows: list[Row]) -> str:
             ]
             lines.append(f"- {mine.system}, {name}: {', '.join(ratios)}")
     by_name = {row.system: row.median("drain") for row in rows}
-    one_by_one, effects = by_name["one transaction per effect"], by_name["holdfast, effects"]
-    if one_by_one and effects:
-        lines.append(f"- holdfast, effects: {effects / one_by_one:.1f} x one transaction per effect")
+    effects = by_name["holdfast, effects"] or 0
+    lines += [
+        f"- holdfast, effects: {effects / alone:.1f} x {other}"
+        for other in ("one transaction per effect", "holdfast, one effect a transaction")
+        if (alone := by_name[other])
+    ]
     return "\n".join(lines)
 
 

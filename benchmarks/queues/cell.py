@@ -33,6 +33,11 @@ def _at(kind: Callable[[Path], Any]) -> Callable[[Path], Awaitable[Queue]]:
     return opened
 
 
+def _alone(url: str) -> Awaitable[Queue]:
+    """Group commit switched off: the same toolkit with a transaction for each message."""
+    return ours.HoldfastEffects.open(url, batch_max=1)
+
+
 SYSTEMS: dict[str, dict[str, System]] = {
     "sqlite": {
         "holdfast": System(ours.Holdfast.open, 20_000, 40_000, peer=False),
@@ -42,6 +47,7 @@ SYSTEMS: dict[str, dict[str, System]] = {
         "persist-queue": System(_at(on_sqlite.PersistQueue), 6_000, 0),
         "driver": System(_at(on_sqlite.Driver), 10_000, 90_000, peer=False),
         "holdfast, effects": System(ours.HoldfastEffects.open, 0, 40_000, peer=False),
+        "holdfast, one effect a transaction": System(_alone, 0, 5_000, peer=False),
         "one transaction per effect": System(_at(on_sqlite.OneByOne), 0, 10_000, peer=False),
     },
     "postgresql": {
@@ -49,9 +55,10 @@ SYSTEMS: dict[str, dict[str, System]] = {
         "holdfast, prefetch 1,000": System(lambda url: ours.Holdfast.open(url, 1_000), 20_000, 40_000, peer=False),
         "pgqueuer": System(lambda url: on_postgres.PgQueuerQueue.open(url, 10), 6_000, 14_000),
         "pgqueuer, batch 100": System(lambda url: on_postgres.PgQueuerQueue.open(url, 100), 6_000, 34_000),
-        "procrastinate": System(lambda url: on_postgres.Procrastinate.open(url, 10), 2_000, 2_000),
+        "procrastinate": System(lambda url: on_postgres.Procrastinate.open(url, 10), 1_000, 1_000),
         "driver": System(on_postgres.Driver.open, 10_000, 90_000, peer=False),
         "holdfast, effects": System(ours.HoldfastEffects.open, 0, 40_000, peer=False),
+        "holdfast, one effect a transaction": System(_alone, 0, 5_000, peer=False),
         "one transaction per effect": System(on_postgres.OneByOne.open, 0, 10_000, peer=False),
     },
 }

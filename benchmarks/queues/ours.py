@@ -48,12 +48,14 @@ class Holdfast:
         self._prefetch = prefetch
 
     @classmethod
-    async def open(cls, url: str, prefetch: int | None = None) -> Self:
+    async def open(cls, url: str, prefetch: int | None = None, batch_max: int | None = None) -> Self:
         stack = AsyncExitStack()
         database = await connect(DatabaseSettings(url=url))
         stack.push_async_callback(database.close)
         await migrate(database, [HISTORY])
-        bus = await stack.enter_async_context(open_messaging(database, {"note": Note}, TOPOLOGY))
+        limits = DatabaseSettings(url=url) if batch_max is None else DatabaseSettings(url=url, batch_max=batch_max)
+        opening = open_messaging(database, {"note": Note}, TOPOLOGY, database_settings=limits)
+        bus = await stack.enter_async_context(opening)
         return cls(stack, database, bus, prefetch)
 
     async def put_single(self, first: int, count: int) -> None:

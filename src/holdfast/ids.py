@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 
@@ -49,7 +50,7 @@ class IdSource:
 
     def message_id(self) -> str:
         """One new message id: an id in hexadecimal followed by 64 random bits, unique across all producers."""
-        return f"{self.next():016x}{secrets.randbits(64):016x}"
+        return f"{self.next():016x}{os.urandom(8).hex()}"
 
 
 class SharedIdSource(IdSource):

@@ -136,6 +136,22 @@ def test_the_tail_shows_messages_and_leaves_them(desk: Desk) -> None:
     assert desk.within(left) == (2, 0, 1)
 
 
+def test_what_is_delayed_is_listed_soonest_first_by_queue_or_key(desk: Desk) -> None:
+    async def fill(system: System) -> None:
+        await send(system, "ready")
+        await send(system, "second", delay_ms=7_200_000, cancel_key="order-1")
+        await send(system, "first", delay_ms=3_600_000)
+
+    desk.within(fill)
+    lines = ok(desk.run("queues", "delayed", QUEUE)).out.splitlines()
+    assert [line.rpartition(" ")[2] for line in lines] == ['{"text":"first"}', '{"text":"second"}']
+    (line,) = ok(desk.run("queues", "delayed", "--key", "order-1", "--json")).out.splitlines()
+    assert '"cancelKey":"order-1"' in line
+    assert len(ok(desk.run("queues", "delayed", QUEUE, "--limit", 1)).out.splitlines()) == 1
+    refused(desk.run("queues", "delayed"), "name a queue, a cancel key")
+    refused(desk.run("queues", "delayed", "no.such.queue"), "there is no queue 'no.such.queue'")
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [

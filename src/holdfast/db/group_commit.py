@@ -85,15 +85,15 @@ class GroupCommit:
         if self._worker is not None:
             await asyncio.wait([self._worker])
 
-    async def submit(self, decide: Decide[Q, A], request: Q) -> A:
-        """Hand in one request and wait for its answer.
+    async def submit(self, decide: Decide[Q, A], request: Q, *, traced: bool = True) -> A:
+        """Hand in one request and wait for its answer; `traced` notes in the transaction which trace it belongs to.
 
         Raises the refusal that `decide` returned, `InvalidInput` within a decision of this very writer, `Overloaded`,
         `ShuttingDown`, `Unavailable`, `Conflict` or `OutcomeUnknown`. A caller that is cancelled before its batch began
         leaves no trace; afterwards the request is decided all the same.
         """
         self._refuse_own()
-        return await self._hand_in(decide, request, observe.trace_headers())
+        return await self._hand_in(decide, request, observe.trace_headers() if traced else {})
 
     async def submit_all(self, decide: Decide[Q, A], requests: Sequence[Q]) -> list[A | Exception]:
         """Hand in several requests that are independent of each other; answers each, a failure in its place.
@@ -219,7 +219,8 @@ class GroupCommit:
         answers: list[Any] = [None] * len(batch)
         async with self._database.transaction() as tx:
             for job in batch:
-                tx.caused(job.request, job.trace)
+                if job.trace:
+                    tx.caused(job.request, job.trace)
             for decide, indexes in verbs.items():
                 given = await _own_failures(decide, tx, [batch[index].request for index in indexes])
                 for index, answer in zip(indexes, given, strict=True):

@@ -25,6 +25,10 @@ from holdfast.errors import DatabaseInUse, InvalidSettings, SchemaOutdated, Unav
 
 MEMORY = ":memory:"
 
+# The writer's pages in memory, at most 64 MiB. With SQLite's 2 MiB a million delayed messages, which fall anywhere into
+# their index, are published at half the speed.
+CACHE = "cache_size = -65536"
+
 
 class SqliteDatabase:
     """A SQLite file, or one in memory for tests (then readers share the writer's connection and wait for it)."""
@@ -203,7 +207,8 @@ def _writer_engine(path: str) -> AsyncEngine:
     def prepare(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves, below
         cursor = connection.cursor()
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 5000"):
+        pragmas = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 5000", CACHE)
+        for pragma in pragmas:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 

@@ -128,6 +128,26 @@ def tail(
         raise typer.Exit(0) from None
 
 
+@app.command()
+def delayed(
+    queue: Annotated[str | None, typer.Argument(help="Which queue; or leave it out and give --key.")] = None,
+    key: Annotated[str | None, typer.Option("--key", help="Only messages that this key would cancel.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=insight.PEEK_MAX, help="At most so many.")] = PAGE,
+    as_json: AsJson = False,
+) -> None:
+    """The messages that are not due yet, the soonest first; retries that wait are among them."""
+    now_us = SystemClock().now_us()
+
+    async def run(database: Database) -> Sequence[insight.Peeked]:
+        async with database.read() as tx:
+            if queue is not None and queue not in (await routing.known_to(tx)).queues:
+                raise InvalidInput(f"there is no queue {queue[:100]!r}; `holdfast queues list` names them")
+            return await insight.pending(tx, now_us, queue=queue, cancel_key=key, limit=limit)
+
+    for each in _with_database(run, read_only=True):
+        _line(each, as_json)
+
+
 def _row(view: insight.QueueView) -> tuple[str, ...]:
     counts = map(str, (view.ready, view.unacked, view.delayed, view.parked))
     row = (view.queue, *counts, f"{view.oldest_s:.1f}")

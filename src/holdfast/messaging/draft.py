@@ -37,6 +37,17 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     trace: Mapping[str, str] = {}  # of what caused it (`Tx.trace_of`); the running trace when empty
 
 
+def until(due_us: int, now_us: int) -> int:
+    """The delay in milliseconds to an instant, rounded up: never early; 0 to one that has passed."""
+    return max(0, -(-(due_us - now_us) // 1_000))
+
+
+def refuse_bad_delay(delay_ms: int) -> None:
+    """Raise `InvalidInput` for a delay below zero or above a century."""
+    if not 0 <= delay_ms <= DELAY_MS_MAX:
+        raise InvalidInput(f"delay_ms must be in 0..{DELAY_MS_MAX}, not {delay_ms}")
+
+
 class Composer:
     """Makes messages of drafts."""
 
@@ -52,11 +63,8 @@ class Composer:
         and for a header that is ours to write.
         """
         now_us = self._clock.now_us()
-        delay_ms = draft.delay_ms
-        if draft.due_us is not None:
-            delay_ms = max(0, -(-(draft.due_us - now_us) // 1_000))  # rounded up: never early
-        if not 0 <= delay_ms <= DELAY_MS_MAX:
-            raise InvalidInput(f"delay_ms must be in 0..{DELAY_MS_MAX}, not {delay_ms}")
+        delay_ms = draft.delay_ms if draft.due_us is None else until(draft.due_us, now_us)
+        refuse_bad_delay(delay_ms)
         if draft.expires_ms is not None and not 0 <= draft.expires_ms <= DELAY_MS_MAX:
             raise InvalidInput(f"expires_ms must be in 0..{DELAY_MS_MAX}, not {draft.expires_ms}")
         properties, encoded = self._codec.encode(draft.body)

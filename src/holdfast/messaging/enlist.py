@@ -109,6 +109,14 @@ class ConnectionOutbox:
         """`cancel` on a blocking handle."""
         return run_sync(self._outbox.cancel(enlist_sync(handle), *cancel_keys)) if cancel_keys else 0
 
+    async def move(self, handle: object, *cancel_keys: str, delay_ms: int = 0, due_us: int | None = None) -> int:
+        """Let pending messages be due at another instant, within the handle's transaction; as `Outbox.move`."""
+        return await self._outbox.move(await enlist(handle), *cancel_keys, delay_ms=delay_ms, due_us=due_us)
+
+    def move_sync(self, handle: object, *cancel_keys: str, delay_ms: int = 0, due_us: int | None = None) -> int:
+        """`move` on a blocking handle."""
+        return run_sync(self._outbox.move(enlist_sync(handle), *cancel_keys, delay_ms=delay_ms, due_us=due_us))
+
     def _tell(self, dues: Dues) -> None:
         # A commit may be made in any thread; waiters live on the loop.
         if self._wakes is not None and self._loop is not None and not self._loop.is_closed():

@@ -90,6 +90,7 @@ class Listener:
         self._subscription: Subscription | None = None
         self._pump: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
+        self._naps: set[asyncio.Future[None]] = set()  # of those who wait; a stop ends them
 
     def start(self) -> None:
         """Begin to take messages."""
@@ -99,6 +100,8 @@ class Listener:
     async def stop(self, drain_s: float = 10.0) -> None:
         """Stop taking, let running handlers finish for at most `drain_s`, give the rest back to the queue."""
         self._stopping.set()
+        for nap in self._naps:
+            nap.cancel()
         if self._subscription is not None:
             self._subscription.stop()
         if self._pump is not None:
@@ -398,13 +401,15 @@ class Listener:
 
     async def _pause(self, seconds: float) -> None:
         """Wait, but not longer than until the stop."""
-        timer = asyncio.ensure_future(self._clock.sleep(seconds))
-        stop = asyncio.ensure_future(self._stopping.wait())
+        if self._stopping.is_set():
+            return
+        nap = asyncio.ensure_future(self._clock.sleep(seconds))
+        self._naps.add(nap)
         try:
-            await asyncio.wait({timer, stop}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([nap])
         finally:
-            timer.cancel()
-            stop.cancel()
+            self._naps.discard(nap)
+            nap.cancel()
 
 
 def _applying(queue: str, tx: Tx, batch: Sequence[Incoming]) -> Any:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdfast.clock import Clock
+from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Tx
 from holdfast.ids import IdSource
 from holdfast.messaging import tracing
 from holdfast.messaging.codec import Codec
-from holdfast.messaging.draft import Composer, Draft
+from holdfast.messaging.draft import Composer, Draft, refuse_bad_delay, until
 from holdfast.messaging.transport import SharesDatabase
 
 
@@ -23,6 +23,7 @@ class Outbox:
 
     def __init__(self, transport: SharesDatabase, codec: Codec, clock: Clock, ids: IdSource) -> None:
         self._transport = transport
+        self._clock = clock
         self._composer = Composer(codec, clock, ids)
 
     async def add(
@@ -67,3 +68,17 @@ class Outbox:
     async def cancel(self, tx: Tx, *cancel_keys: str) -> int:
         """Remove pending messages by key within `tx`; answers how many. One already delivered is not called back."""
         return await self._transport.cancel_in(tx, cancel_keys) if cancel_keys else 0
+
+    async def move(self, tx: Tx, *cancel_keys: str, delay_ms: int = 0, due_us: int | None = None) -> int:
+        """Let pending messages be due at another instant within `tx`, sooner or later; answers how many were moved.
+
+        `delay_ms` counts from now, `due_us` is an instant instead, as in a `Draft`; how long a message may wait in its
+        queue counts from there. One that was delivered before is not moved: it is being handled, or on its retries.
+        Raises `InvalidInput` for a delay below zero or above a century.
+        """
+        now_us = self._clock.now_us()
+        wait_ms = delay_ms if due_us is None else until(due_us, now_us)
+        refuse_bad_delay(wait_ms)
+        if not cancel_keys:
+            return 0
+        return await self._transport.move_in(tx, cancel_keys, now_us + wait_ms * US_PER_MS)

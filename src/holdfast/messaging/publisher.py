@@ -19,6 +19,7 @@ from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.transport import Transport
 
 DEADLINE_S = 10.0
+ON_ITS_WAY = PublishUnconfirmed("on its way")  # stands for an outcome while nobody knows it
 
 log = observe.logger("publisher")
 
@@ -79,34 +80,35 @@ class Publisher:
         Those known not to be stored are tried again, the others are not. Raises `InvalidInput` for a draft that cannot
         be sent; then none was.
         """
-        outcomes: dict[int, PublishError | None] = {}
+        outcomes: list[PublishError | None] = []
         with tracing.sending(drafts, self._composer.outgoing) as sending:
             try:
                 async with asyncio.timeout(deadline_s):
-                    await self._send(sending.batch, outcomes)
+                    outcomes += await self._transport.publish(sending.batch)
+                    if any(outcomes):
+                        await self._send_again(sending.batch, outcomes)
             except TimeoutError:
-                pass  # whose outcome is not known by now is unconfirmed
-            unknown = f"no confirm within {deadline_s} s; it may or may not be stored"
-            told = [outcomes[at] if at in outcomes else PublishUnconfirmed(unknown) for at in range(len(drafts))]
-            sending.ended(told)
-        return told
+                unknown = f"no confirm within {deadline_s} s; it may or may not be stored"
+                known = outcomes or [ON_ITS_WAY] * len(drafts)
+                outcomes = [PublishUnconfirmed(unknown) if each is ON_ITS_WAY else each for each in known]
+            sending.ended(outcomes)
+        return outcomes
 
-    async def _send(self, batch: Sequence[Outgoing], outcomes: dict[int, PublishError | None]) -> None:
-        """Send until every outcome is final; those of messages that are on their way again are taken out meanwhile."""
-        pending = list(range(len(batch)))
+    async def _send_again(self, batch: Sequence[Outgoing], outcomes: list[PublishError | None]) -> None:
+        """Send what is known not to be stored until every outcome is final."""
         attempt = 1
-        while pending:
-            for at in pending:
-                outcomes.pop(at, None)
-            problems = await self._transport.publish([batch[at] for at in pending])
-            outcomes.update(zip(pending, problems, strict=True))
-            again = {at: wait for at in pending if (wait := self._wait_ms(attempt, outcomes[at])) is not None}
-            self._note(attempt, problems)
+        while True:
+            again = {at: wait for at, each in enumerate(outcomes) if (wait := self._wait_ms(attempt, each)) is not None}
+            self._note(attempt, outcomes)
             if not again:
                 return
-            pending = list(again)
             attempt += 1
             await self._clock.sleep(max(again.values()) / 1_000)
+            for at in again:
+                outcomes[at] = ON_ITS_WAY
+            problems = await self._transport.publish([batch[at] for at in again])
+            for at, problem in zip(again, problems, strict=True):
+                outcomes[at] = problem
 
     def _note(self, attempt: int, problems: Sequence[PublishError | None]) -> None:
         """Log a try that trying again can mend: one line for a batch, with the first of its problems."""

@@ -26,19 +26,23 @@ class Settler:
         self._subscription = subscription
         self._pause = pause
         self._stopping = stopping
-        self._gathered: list[Settlement] = []
-        self._flushing: asyncio.Task[None] | None = None
+        # Acks apart from the rest: a transport removes many messages in no time, and they need not wait for the few
+        # that it has to put back or park.
+        self._gathered: dict[bool, list[Settlement]] = {True: [], False: []}
+        self._flushing: dict[bool, asyncio.Task[None]] = {}
 
     def add(self, settlement: Settlement) -> None:
         """Settle it with whatever else is done by the next turn of the event loop."""
-        self._gathered.append(settlement)
-        if self._flushing is None:
-            self._flushing = asyncio.create_task(self._flush(), name=f"settle-{settlement.delivery.queue}")
+        is_ack = settlement.kind == "ack"
+        self._gathered[is_ack].append(settlement)
+        if is_ack not in self._flushing:
+            name = f"settle-{settlement.delivery.queue}"
+            self._flushing[is_ack] = asyncio.create_task(self._flush(is_ack), name=name)
 
     async def finish(self) -> None:
         """Wait until all that was added is settled, or given up on."""
-        while self._flushing is not None:
-            await asyncio.wait([self._flushing])
+        while self._flushing:
+            await asyncio.wait(self._flushing.values())
 
     async def in_the_name_of_a_handler(self, settlement: Settlement) -> None:
         """Settle one at once, and raise what goes wrong: in manual mode the handler decides."""
@@ -68,10 +72,10 @@ class Settler:
             return False
         return all([await self.settle([each]) for each in settlements if not each.delivery.settled])
 
-    async def _flush(self) -> None:
+    async def _flush(self, is_ack: bool) -> None:
         try:
-            while self._gathered:
-                batch, self._gathered = self._gathered, []
+            while batch := self._gathered[is_ack]:
+                self._gathered[is_ack] = []
                 await self.settle(batch)
         finally:
-            self._flushing = None
+            del self._flushing[is_ack]

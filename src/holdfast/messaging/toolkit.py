@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
 
+from holdfast import observe
 from holdfast.clock import Clock, SystemClock
 from holdfast.db.database import Database
 from holdfast.db.group_commit import GroupCommit
@@ -28,6 +29,7 @@ from holdfast.messaging.request import Requester, reply
 from holdfast.messaging.tables import HISTORY
 from holdfast.messaging.topology import Topology
 from holdfast.messaging.transports.registry import sql_transport
+from holdfast.messaging.transports.sql.insight import Peeked
 from holdfast.messaging.transports.sql.transport import SqlTransport
 from holdfast.settings import DatabaseSettings, MessagingSettings
 
@@ -79,6 +81,15 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
         """Answer a request that a plain handler got; raises `InvalidInput` for a message that is none."""
         await reply(self.publisher, incoming, body)
 
+    async def pending(
+        self, *, queue: str | None = None, cancel_key: str | None = None, limit: int = 100
+    ) -> Sequence[Peeked]:
+        """Delayed messages that are not due yet, the soonest first, at most `limit` (1,000): of a queue, under a key.
+
+        Raises `InvalidInput` where neither is given.
+        """
+        return await self.transport.pending(queue=queue, cancel_key=cancel_key, limit=limit)
+
     async def observe_queues(self) -> bool:
         """Bring the gauges of the queues up to date for a scrape of `holdfast.observe.registry`.
 
@@ -117,6 +128,7 @@ async def open_messaging(
     limits = database_settings or DatabaseSettings()
     async with AsyncExitStack() as stack:
         await require_current(database, [HISTORY])
+        observe.tracer()  # asked now, so that the first message has its span
         group = GroupCommit(database, clock, batch_max=limits.batch_max, queue_max=limits.queue_max)
         group.start()
         stack.push_async_callback(group.close)

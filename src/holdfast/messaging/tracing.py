@@ -57,7 +57,7 @@ def sending(drafts: Sequence[Draft], compose: Compose) -> AbstractContextManager
     A draft with a trace of its own stays in it: where all have the same one, the span is its child; where they have
     several, it links to them, and each message carries its own.
     """
-    tracer = observe.tracer()
+    tracer = observe.recent_tracer()
     if tracer is None or not drafts:
         running = observe.trace_headers()
         return Sending([compose(draft, running) for draft in drafts])

@@ -121,3 +121,7 @@ class SharesDatabase(Protocol):
     async def cancel_in(self, tx: Tx, cancel_keys: Sequence[str]) -> int:
         """Remove pending messages by key within `tx`; answers how many. One already delivered stays."""
         ...
+
+    async def move_in(self, tx: Tx, cancel_keys: Sequence[str], due_us: int) -> int:
+        """Let messages pending under these keys be due at `due_us` instead, within `tx`; answers how many."""
+        ...

@@ -93,6 +93,9 @@ class Handle:
     async def cancel(self, *keys: str) -> int:
         return await self.outbox.cancel(self.raw, *keys)
 
+    async def move(self, *keys: str, **when: int) -> int:
+        return await self.outbox.move(self.raw, *keys, **when)
+
     async def first(self, consumer: str, message_id: str) -> bool:
         return await self.inbox.first(self.raw, consumer, message_id)
 
@@ -140,6 +143,9 @@ class Blocking(Handle):
 
     async def cancel(self, *keys: str) -> int:
         return await self.there(lambda: self.outbox.cancel_sync(self.raw, *keys))
+
+    async def move(self, *keys: str, **when: int) -> int:
+        return await self.there(lambda: self.outbox.move_sync(self.raw, *keys, **when))
 
     async def first(self, consumer: str, message_id: str) -> bool:
         return await self.there(lambda: self.inbox.first_sync(self.raw, consumer, message_id))

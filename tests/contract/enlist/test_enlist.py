@@ -165,6 +165,21 @@ async def test_a_delayed_message_waits_and_another_transaction_cancels_it(
     assert await counts(system) == (0, 0, 1)
 
 
+async def test_a_delayed_message_is_moved_with_the_commit(system: System, open_handle: OpenHandle) -> None:
+    handle, other = await open_handle(), await open_handle()
+    await handle.begin()
+    await handle.add("time-out", delay_ms=3_600_000, cancel_key="order-1")
+    await handle.commit()
+    await other.begin()
+    assert await other.move("order-1", delay_ms=0) == 1
+    await other.rollback()
+    assert await counts(system) == (0, 0, 1)
+    await other.begin()
+    assert await other.move("order-1", "order-2", due_us=0) == 1
+    await other.commit()
+    assert await counts(system) == (1, 0, 0)
+
+
 async def test_a_delay_ends(system: System, open_handle: OpenHandle) -> None:
     heard, handle = Heard(system), await open_handle()
     await handle.begin()

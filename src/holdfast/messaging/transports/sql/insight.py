@@ -10,6 +10,7 @@ from sqlalchemy import Select, case, func, select
 
 from holdfast.clock import US_PER_S
 from holdfast.db.database import Tx
+from holdfast.errors import InvalidInput
 from holdfast.messaging.tables import messages, parked, queues
 
 PEEK_MAX = 1_000
@@ -42,6 +43,7 @@ class Peeked(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     routing_key: str
     attempt: int
     due_us: int
+    cancel_key: str | None
     headers: dict[str, str]
     body: bytes
 
@@ -108,6 +110,32 @@ async def peek(tx: Tx, queue: str, after: int, limit: int, now_us: int) -> Seque
         .order_by(messages.c.id)
         .limit(min(limit, PEEK_MAX))
     )
+    return await _peeked(tx, found)
+
+
+async def pending(
+    tx: Tx, now_us: int, *, queue: str | None = None, cancel_key: str | None = None, limit: int = 100
+) -> Sequence[Peeked]:
+    """Messages that are not due yet and nobody holds, the soonest first: of a queue, under a key, or both.
+
+    Raises `InvalidInput` where neither is given: there may be millions.
+    """
+    if queue is None and cancel_key is None:
+        raise InvalidInput("which delayed messages: name a queue, a cancel key, or both")
+    found = (
+        select(*messages.columns, _kind(now_us).label("state"))
+        .where(messages.c.due_us > now_us, messages.c.lease.is_(None))
+        .order_by(messages.c.due_us, messages.c.id)
+        .limit(min(limit, PEEK_MAX))
+    )
+    if queue is not None:
+        found = found.where(messages.c.queue == queue)
+    if cancel_key is not None:
+        found = found.where(messages.c.cancel_key == cancel_key)
+    return await _peeked(tx, found)
+
+
+async def _peeked(tx: Tx, found: Select[Any]) -> list[Peeked]:
     return [
         Peeked(
             id=row.id,
@@ -118,6 +146,7 @@ async def peek(tx: Tx, queue: str, after: int, limit: int, now_us: int) -> Seque
             routing_key=row.routing_key,
             attempt=row.attempt,
             due_us=row.due_us,
+            cancel_key=row.cancel_key,
             headers=msgspec.json.decode(row.headers, type=dict[str, str]),
             body=row.body,
         )

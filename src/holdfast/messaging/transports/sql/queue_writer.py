@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
-from sqlalchemy import Executable, Text, bindparam, delete, false, func, select
+from sqlalchemy import BigInteger, Executable, Text, bindparam, delete, false, func, select, update
 
 from holdfast import observe
 from holdfast.db.database import Dialect, Tx
@@ -36,7 +36,25 @@ def _cancel(dialect: Dialect) -> Executable:
     return delete(messages).where(messages.c.id.in_(waiting)).returning(messages.c.id)
 
 
+def _reschedule(dialect: Dialect) -> Executable:
+    # A message that was delivered before is on its retries, whose instant is not the sender's to choose.
+    waiting = (
+        select(messages.c.id)
+        .where(among(dialect, messages.c.cancel_key, "cancel_keys"))
+        .where(messages.c.lease.is_(None), messages.c.deliveries == 0)
+        .with_for_update(skip_locked=True)
+    )
+    to_us = bindparam("to_us", type_=BigInteger)
+    return (
+        update(messages)
+        .where(messages.c.id.in_(waiting))
+        .values(due_us=to_us, ready_us=to_us, expires_us=messages.c.expires_us - messages.c.due_us + to_us)
+        .returning(messages.c.queue, messages.c.due_us, messages.c.expires_us)
+    )
+
+
 _CANCEL = Prepared(_cancel)
+_RESCHEDULE = Prepared(_reschedule)
 
 
 class QueueWriter:
@@ -54,6 +72,16 @@ class QueueWriter:
     async def cancel_in(self, tx: Tx, cancel_keys: Sequence[str]) -> int:
         """Remove what waits under these keys; SKIP LOCKED leaves what a consumer is about to take."""
         return len(await _CANCEL.rows(tx, cancel_keys=list(cancel_keys)))
+
+    async def move_in(self, tx: Tx, cancel_keys: Sequence[str], due_us: int) -> int:
+        """Let what waits under these keys be due at another instant, its time to live counted from there."""
+        moved = await _RESCHEDULE.rows(tx, cancel_keys=list(cancel_keys), to_us=due_us)
+        dues = self._rows.will_tell(tx, moved)
+        await self._notify(tx, dues)
+        return len(moved)
+
+    async def _notify(self, tx: Tx, dues: Dues) -> None:
+        """Tell other processes within the transaction, for a writer that does so."""
 
     async def _routed(self, tx: Tx, batch: Sequence[Outgoing]) -> list[Reached]:
         """For each message the queues that it reaches, or why it is refused."""
@@ -96,7 +124,7 @@ class WholeBatchWriter(QueueWriter):
 
     def __init__(self, rows: QueueRows, *, notify: bool = False) -> None:
         super().__init__(rows)
-        self._notify = notify
+        self._notifies = notify
 
     async def publish_in(self, tx: Tx, batch: Sequence[Outgoing]) -> list[PublishError | None]:
         if tx.deferred:
@@ -105,11 +133,13 @@ class WholeBatchWriter(QueueWriter):
         routed = await self._routed(tx, batch)
         outcomes = _outcomes(routed)
         if not any(outcomes):
-            dues = await self._write(tx, batch, routed)
-            if self._notify and tx.dialect == "postgresql":
-                for queue, due_us in sorted(dues):
-                    await _NOTIFY.rows(tx, channel=CHANNEL, payload=hint(ANY_INSTANCE, due_us, queue))
+            await self._notify(tx, await self._write(tx, batch, routed))
         return outcomes
+
+    async def _notify(self, tx: Tx, dues: Dues) -> None:
+        if self._notifies and tx.dialect == "postgresql":
+            for queue, due_us in sorted(dues):
+                await _NOTIFY.rows(tx, channel=CHANNEL, payload=hint(ANY_INSTANCE, due_us, queue))
 
 
 def _outcomes(routed: Sequence[Reached]) -> list[PublishError | None]:

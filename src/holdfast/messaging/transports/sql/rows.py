@@ -167,6 +167,10 @@ class QueueRows:
         if not rows:
             return set()
         await _INSERT.tuples(tx, rows)
+        return self.will_tell(tx, rows)
+
+    def will_tell(self, tx: Tx, rows: Sequence[Any]) -> Dues:
+        """Wake with the commit who waits for these rows; answers which queue has something when."""
         dues = {(row.queue, row.due_us) for row in rows}
         dues |= {(EXPIRY, row.expires_us) for row in rows if row.expires_us is not None}
         tx.on_commit(lambda: self._tell(dues))

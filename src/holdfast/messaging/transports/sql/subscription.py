@@ -153,11 +153,11 @@ class SqlSubscription:
                 )
             self._settled(settlements)
         else:
-            await self._group.submit(self._settle_groups, settlements)
+            await self._group.submit(self._settle_groups, settlements, traced=False)
 
     async def _claimed(self, room: int) -> _Claimed:
         if not self._direct or (self._declared is not None and self._declared.single_active_consumer):
-            return await self._group.submit(self._claim, room)
+            return await self._group.submit(self._claim, room, traced=False)
         # PostgreSQL runs this beside whatever the writer is doing, in one round trip instead of three.
         now_us = self._clock.now_us()
         async with self._database.single() as single:

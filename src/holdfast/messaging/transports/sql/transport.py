@@ -25,6 +25,7 @@ from holdfast.messaging.topology import Topology
 from holdfast.messaging.transport import Features, QueueStats
 from holdfast.messaging.transports.sql import routing
 from holdfast.messaging.transports.sql.expiry import Expiry
+from holdfast.messaging.transports.sql.insight import Peeked, pending
 from holdfast.messaging.transports.sql.lifetimes import Lifetimes
 from holdfast.messaging.transports.sql.queue_writer import QueueWriter
 from holdfast.messaging.transports.sql.rows import QueueRows
@@ -115,7 +116,7 @@ class SqlTransport:
 
     async def publish(self, batch: Sequence[Outgoing]) -> list[PublishError | None]:
         try:
-            return await self._group.submit(self._publish_batches, batch)
+            return await self._group.submit(self._publish_batches, batch, traced=False)
         except OutcomeUnknown as error:
             return [PublishUnconfirmed(error.detail) for _ in batch]
         except InvalidInput:
@@ -128,6 +129,9 @@ class SqlTransport:
 
     async def cancel_in(self, tx: Tx, cancel_keys: Sequence[str]) -> int:
         return await self._writer.cancel_in(tx, cancel_keys)
+
+    async def move_in(self, tx: Tx, cancel_keys: Sequence[str], due_us: int) -> int:
+        return await self._writer.move_in(tx, cancel_keys, due_us)
 
     def subscribe(self, queue: str, *, prefetch: int) -> SqlSubscription:
         return SqlSubscription(
@@ -161,6 +165,13 @@ class SqlTransport:
             ).where(messages.c.queue == queue)
             row = (await tx.execute(counts)).one()
         return QueueStats(ready=row.ready, unacked=row.unacked, delayed=row.delayed)
+
+    async def pending(
+        self, *, queue: str | None = None, cancel_key: str | None = None, limit: int = 100
+    ) -> Sequence[Peeked]:
+        """Messages that are not due yet, the soonest first; see `insight.pending`."""
+        async with self._database.read() as tx:
+            return await pending(tx, self._clock.now_us(), queue=queue, cancel_key=cancel_key, limit=limit)
 
     async def _publish_batches(
         self, tx: Tx, batches: Sequence[Sequence[Outgoing]]
