@@ -40,11 +40,8 @@ async def pay(bus: holdfast.Messaging, tx: holdfast.Tx, order: str) -> None:
 
 
 async def shorten(bus: holdfast.Messaging, tx: holdfast.Tx, order: str) -> None:
-    """Move a message: take the old one back and write a new one, in one transaction."""
-    if await bus.outbox.cancel(tx, f"close:{order}"):
-        body = CloseUnpaid(order=order)
-        await bus.outbox.add(tx, "", "orders.timeout", body, delay_ms=A_MOMENT_MS, cancel_key=f"close:{order}")
-        print(f"{order}: moved from half an hour to {A_MOMENT_MS} ms")
+    moved = await bus.outbox.move(tx, f"close:{order}", delay_ms=A_MOMENT_MS)
+    print(f"{order}: {moved} time-out moved from half an hour to {A_MOMENT_MS} ms")
 
 
 async def main(url: str) -> None:
@@ -65,6 +62,7 @@ async def main(url: str) -> None:
         async with database.transaction() as tx:
             await place(bus, tx, "order 1")
             await place(bus, tx, "order 2")
+        print("waiting:", ", ".join(str(each.cancel_key) for each in await bus.pending(queue="orders.timeout")))
         async with database.transaction() as tx:
             await pay(bus, tx, "order 1")
             await shorten(bus, tx, "order 2")

@@ -36,7 +36,12 @@ TOLD = {  # what each example prints, as far as it is the story
     },
     "coming_from_faststream.py": {"label of order 7"},
     "dead_letters.py": {"FREE-BEER: rejected in coupons", "SUMMER: expired in coupons"},
-    "delay_and_cancel.py": {"order 1: paid, 1 time-out taken back", "order 1 paid, order 2 closed and 0 messages wait"},
+    "delay_and_cancel.py": {
+        "waiting: close:order 1, close:order 2",
+        "order 1: paid, 1 time-out taken back",
+        "order 2: 1 time-out moved",
+        "order 1 paid, order 2 closed and 0 messages wait",
+    },
     "effect_once.py": {"waiting: 2 copies of one message", "balance: 500, notices: 1"},
     "hello.py": {"handled: Ann"},
     "order_by_key.py": {"order B: placed, paid, sent", "orders at work at once: 3"},
