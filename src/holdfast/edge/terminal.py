@@ -10,10 +10,10 @@ import msgspec
 import typer
 
 from holdfast import observe
-from holdfast.bootstrap import HISTORIES
 from holdfast.db.connect import connect
 from holdfast.db.database import Database
 from holdfast.db.migrate import require_current
+from holdfast.messaging.tables import HISTORY
 from holdfast.settings import load
 
 
@@ -24,7 +24,7 @@ async def database_of_settings(*, read_only: bool) -> AsyncIterator[Database]:
     observe.configure_logs(settings.log.format, settings.log.level)
     database = await connect(settings.database, read_only=read_only, create=False)
     try:
-        await require_current(database, HISTORIES)
+        await require_current(database, [HISTORY])  # a program of the toolkit has no other tables
         yield database
     finally:
         await database.close()

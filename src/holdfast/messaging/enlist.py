@@ -63,11 +63,14 @@ class ConnectionOutbox:
         body: msgspec.Struct,
         *,
         delay_ms: int = 0,
+        expires_ms: int | None = None,
+        headers: Mapping[str, str] | None = None,
         mandatory: bool = True,
         cancel_key: str | None = None,
     ) -> None:
         """Add one message; see `add_all`."""
-        await self.add_all(handle, [_draft(exchange, routing_key, body, delay_ms, mandatory, cancel_key)])
+        draft = _draft(exchange, routing_key, body, delay_ms, expires_ms, headers, mandatory, cancel_key)
+        await self.add_all(handle, [draft])
 
     async def add_all(self, handle: object, drafts: Sequence[Draft]) -> None:
         """Add messages within the handle's transaction, all or none; two statements, however many they are.
@@ -94,11 +97,14 @@ class ConnectionOutbox:
         body: msgspec.Struct,
         *,
         delay_ms: int = 0,
+        expires_ms: int | None = None,
+        headers: Mapping[str, str] | None = None,
         mandatory: bool = True,
         cancel_key: str | None = None,
     ) -> None:
         """`add` on a blocking handle."""
-        self.add_all_sync(handle, [_draft(exchange, routing_key, body, delay_ms, mandatory, cancel_key)])
+        draft = _draft(exchange, routing_key, body, delay_ms, expires_ms, headers, mandatory, cancel_key)
+        self.add_all_sync(handle, [draft])
 
     def add_all_sync(self, handle: object, drafts: Sequence[Draft]) -> None:
         """`add_all` on a blocking handle."""
@@ -147,13 +153,22 @@ async def _first(inbox: Inbox, tx: Tx, consumer: str, message_id: str) -> bool:
 
 
 def _draft(
-    exchange: str, routing_key: str, body: msgspec.Struct, delay_ms: int, mandatory: bool, cancel_key: str | None
+    exchange: str,
+    routing_key: str,
+    body: msgspec.Struct,
+    delay_ms: int,
+    expires_ms: int | None,
+    headers: Mapping[str, str] | None,
+    mandatory: bool,
+    cancel_key: str | None,
 ) -> Draft:
     return Draft(
         exchange=exchange,
         routing_key=routing_key,
         body=body,
         delay_ms=delay_ms,
+        expires_ms=expires_ms,
+        headers=headers or {},
         mandatory=mandatory,
         cancel_key=cancel_key,
     )
