@@ -14,17 +14,16 @@ import asyncio
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 import uvloop
 from sqlalchemy import text
 
-from benchmarks.bench_messages import versions
+from benchmarks.bench_messages import empty_database, versions
 from benchmarks.queues.load import BATCH, TEXT, Note
 from benchmarks.queues.ours import TOPOLOGY
 from holdfast import (
@@ -42,7 +41,6 @@ from holdfast import (
 from holdfast.clock import SystemClock
 from holdfast.db.database import Database
 from holdfast.messaging.toolkit import Messaging
-from tests.servers.postgres import PostgresServer
 
 CALLERS = 4
 YEAR_MS = 365 * 86_400_000
@@ -66,16 +64,6 @@ def resident_mib() -> float:
     """Memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4_096 / 1_048_576
-
-
-@contextmanager
-def _url(database: str) -> Iterator[str]:
-    if database == "sqlite":
-        with tempfile.TemporaryDirectory() as folder:
-            yield f"sqlite:///{folder}/bench.db"
-        return
-    with PostgresServer() as server:
-        yield server.url(server.create_database())
 
 
 @asynccontextmanager
@@ -270,7 +258,7 @@ def main() -> None:
         for name in arguments.what:
             run, count = WHAT[name]
             print(f"{database}, {name}:")
-            with _url(database) as url:
+            with empty_database(database) as url:
                 uvloop.run(run(url, arguments.count or count))
             sys.stdout.flush()
 

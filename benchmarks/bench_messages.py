@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _cell(database: str, system: str) -> dict[str, float]:
-    with _url(database) as url:
+    with empty_database(database) as url:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.queues.cell", system, url],
             cwd=ROOT,
@@ -84,8 +84,8 @@ def _cell(database: str, system: str) -> dict[str, float]:
 
 
 @contextmanager
-def _url(database: str) -> Iterator[str]:
-    """An empty database, on a server of its own, that is gone afterwards."""
+def empty_database(database: str) -> Iterator[str]:
+    """The URL of an empty database, on a server of its own, that is gone afterwards."""
     if database == "sqlite":
         with tempfile.TemporaryDirectory() as folder:
             yield f"sqlite:///{folder}/bench.db"
