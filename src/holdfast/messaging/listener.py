@@ -102,10 +102,12 @@ class Listener:
         if self._subscription is not None:
             self._subscription.stop()
         if self._pump is not None:
-            _, late = await asyncio.wait([self._pump, *self._running], timeout=drain_s)
-            for task in late:
-                task.cancel()
-            await asyncio.wait([self._pump, *late])
+            _, late = await asyncio.wait([self._pump], timeout=drain_s)  # which waits for all that runs
+            if late:
+                late |= self._running
+                for task in late:
+                    task.cancel()
+                await asyncio.wait(late)
 
     @property
     def concurrency(self) -> int:
@@ -167,7 +169,7 @@ class Listener:
                 self._begin(subscription, settler, deliveries)
         finally:
             try:
-                if self._running:
+                while self._running:  # a batch that fails starts more
                     await asyncio.wait(self._running)
             finally:
                 await settler.finish()
