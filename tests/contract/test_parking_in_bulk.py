@@ -26,7 +26,7 @@ from tests.contract.notes import (
     take,
     texts,
 )
-from tests.contract.test_error_store import actions, everything, state, store_of
+from tests.contract.test_error_store import actions, copied, everything, state, store_of
 
 BULK = 2 * COPY_FROM + 20  # more than one claim by halves, and by COPY where there is one
 
@@ -156,11 +156,6 @@ async def test_a_bulk_that_is_given_up_on_twice_leaves_one_row_each(start_system
     async with system.transport.subscribe(QUEUE, prefetch=200) as subscription:
         held = await take(subscription, COPY_FROM + 5)
         await subscription.settle([park(each, "given up") for each in held])
-        late = [park(type(each)(**_fields(each)), "too late") for each in held]
+        late = [park(copied(each), "too late") for each in held]
         await subscription.settle(late)
     assert Counter(each.reason for each in await parked_messages(system)) == {"given up": COPY_FROM + 5}
-
-
-def _fields(delivery: object) -> dict[str, object]:
-    names = ("message", "queue", "attempt", "deliveries", "receipt")
-    return {name: getattr(delivery, name) for name in names}
