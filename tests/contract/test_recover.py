@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -399,6 +400,22 @@ async def test_one_key_is_handled_in_order_and_different_keys_side_by_side(start
         key: [text for text in sent if text[0] == key] for key in "abc"
     }
     assert together == 3
+
+
+@pytest.mark.parametrize("key", [lambda body: body.missing, lambda body: [body.text]], ids=["raises", "no key"])
+async def test_a_key_that_cannot_be_had_is_a_failure_of_its_message(start_system: StartSystem, key: Any) -> None:
+    system = await office(start_system)
+    handled: list[str] = []
+
+    async def handle(incoming: Incoming) -> None:
+        handled.append(incoming.body.text)
+
+    await send(system, "1", "2")
+    system.listen(plainly(handle, key=key, durable=RetryPolicy(tries=2, interval_ms=1)))
+    kept = await parks(system, 2)
+    await counts_become(system, (0, 0, 0))
+    assert {each.attempt for each in kept} == {2}
+    assert handled == []
 
 
 async def test_a_paused_listener_takes_nothing_more_and_goes_on_when_resumed(start_system: StartSystem) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from typing import Any, TypeVar
 
 from holdfast import observe
@@ -231,15 +231,22 @@ class Listener:
         `failure` is what a first call of the handler failed with, if there was one.
         """
         with tracing.processing(work.delivery):
-            key = self._listen.key
-            if key is None:
+            if self._listen.key is None:
                 failure = await self._try_locally(work, failure)
             else:
-                async with self._keys.turn(key(work.incoming.body)):
-                    failure = await self._try_locally(work, failure)
+                failure = await self._in_turn(work, self._listen.key)
             settlement = await self._settlement(work.delivery, failure)
             if settlement is not None:
                 work.settler.add(settlement)
+
+    async def _in_turn(self, work: Work, key_of: Callable[[Any], Hashable | None]) -> Exception | None:
+        try:
+            key = key_of(work.incoming.body)
+            hash(key)
+        except Exception as error:
+            return error
+        async with self._keys.turn(key):
+            return await self._try_locally(work, None)
 
     async def _settlement(self, delivery: Delivery, failure: Exception | None) -> Settlement | None:
         """How to settle; None when that is done already or not ours to do."""
