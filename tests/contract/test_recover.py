@@ -472,11 +472,23 @@ def test_limits_below_one_are_refused_by_name(name: str) -> None:
         msgspec.structs.replace(plainly(fail), **{name: 0})
 
 
-def test_what_is_for_plain_handlers_is_refused_for_effects() -> None:
+@pytest.mark.parametrize("given", [{"time_limit_ms": 5}, {"key": lambda body: body.text}])
+def test_what_is_for_other_handlers_is_refused_for_effects_when_the_listener_is_made(given: dict[str, Any]) -> None:
     async def effect(_: Tx, __: Sequence[Note]) -> None: ...
 
-    with pytest.raises(InvalidInput, match="time_limit_ms and key are for plain handlers"):
-        Listen(name="x", queue=QUEUE, effects={Note: effect}, time_limit_ms=5)
+    for listen in (
+        Listen(name="x", queue=QUEUE, effects={Note: effect}, **given),
+        Listen(name="x", queue=QUEUE, handlers=[effect], **given),
+    ):
+        with pytest.raises(InvalidInput, match="time_limit_ms and key are not for handlers in a transaction"):
+            listen.bound(manual_clock())
+
+
+def test_a_key_is_refused_for_batches_when_the_listener_is_made() -> None:
+    async def batch(_: Sequence[Note]) -> None: ...
+
+    with pytest.raises(InvalidInput, match="key is for handlers of one message"):
+        Listen(name="x", queue=QUEUE, handlers=[batch], key=lambda body: body.text).bound(manual_clock())
 
 
 # -- refusals that used to hang ---------------------------------------------------------------------------------------
