@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -401,6 +402,22 @@ async def test_one_key_is_handled_in_order_and_different_keys_side_by_side(start
     assert together == 3
 
 
+@pytest.mark.parametrize("key", [lambda body: body.missing, lambda body: [body.text]], ids=["raises", "no key"])
+async def test_a_key_that_cannot_be_had_is_a_failure_of_its_message(start_system: StartSystem, key: Any) -> None:
+    system = await office(start_system)
+    handled: list[str] = []
+
+    async def handle(incoming: Incoming) -> None:
+        handled.append(incoming.body.text)
+
+    await send(system, "1", "2")
+    system.listen(plainly(handle, key=key, durable=RetryPolicy(tries=2, interval_ms=1)))
+    kept = await parks(system, 2)
+    await counts_become(system, (0, 0, 0))
+    assert {each.attempt for each in kept} == {2}
+    assert handled == []
+
+
 async def test_a_paused_listener_takes_nothing_more_and_goes_on_when_resumed(start_system: StartSystem) -> None:
     system = await office(start_system)
     seen: list[str] = []
@@ -455,11 +472,23 @@ def test_limits_below_one_are_refused_by_name(name: str) -> None:
         msgspec.structs.replace(plainly(fail), **{name: 0})
 
 
-def test_what_is_for_plain_handlers_is_refused_for_effects() -> None:
+@pytest.mark.parametrize("given", [{"time_limit_ms": 5}, {"key": lambda body: body.text}])
+def test_what_is_for_other_handlers_is_refused_for_effects_when_the_listener_is_made(given: dict[str, Any]) -> None:
     async def effect(_: Tx, __: Sequence[Note]) -> None: ...
 
-    with pytest.raises(InvalidInput, match="time_limit_ms and key are for plain handlers"):
-        Listen(name="x", queue=QUEUE, effects={Note: effect}, time_limit_ms=5)
+    for listen in (
+        Listen(name="x", queue=QUEUE, effects={Note: effect}, **given),
+        Listen(name="x", queue=QUEUE, handlers=[effect], **given),
+    ):
+        with pytest.raises(InvalidInput, match="time_limit_ms and key are not for handlers in a transaction"):
+            listen.bound(manual_clock())
+
+
+def test_a_key_is_refused_for_batches_when_the_listener_is_made() -> None:
+    async def batch(_: Sequence[Note]) -> None: ...
+
+    with pytest.raises(InvalidInput, match="key is for handlers of one message"):
+        Listen(name="x", queue=QUEUE, handlers=[batch], key=lambda body: body.text).bound(manual_clock())
 
 
 # -- refusals that used to hang ---------------------------------------------------------------------------------------

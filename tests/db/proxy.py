@@ -37,6 +37,11 @@ class LossyProxy:
         for to_client in self._clients:
             to_client.write(reply)
 
+    def cut(self) -> None:
+        """Hang up on every client; a reply that is held never comes."""
+        for to_client in self._clients:
+            to_client.close()
+
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, HOST, 0)
         self.port = self._server.sockets[0].getsockname()[1]

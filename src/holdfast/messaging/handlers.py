@@ -40,7 +40,7 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bind(
-    name: str, handlers: Sequence[Handler], provide: Mapping[type, Any], clock: Clock, *, ack: AckMode = "auto"
+    name: str, handlers: Sequence[Handler], provide: Mapping[Any, Any], clock: Clock, *, ack: AckMode = "auto"
 ) -> dict[type, Bound]:
     """The handlers of listener `name` by the class of body; one that takes several classes stands there several times.
 

@@ -32,7 +32,7 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     queue: str
     handlers: Sequence[Handler] = ()
-    provide: Mapping[type, Any] = {}
+    provide: Mapping[Any, Any] = {}  # class -> what a handler that asks for it is given
     effects: Mapping[type, Effect] = {}
     plain: Mapping[type, Plain] = {}
     ack: AckMode = "auto"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from typing import Any, TypeVar
 
 from holdfast import observe
@@ -105,10 +105,12 @@ class Listener:
         if self._subscription is not None:
             self._subscription.stop()
         if self._pump is not None:
-            _, late = await asyncio.wait([self._pump, *self._running], timeout=drain_s)
-            for task in late:
-                task.cancel()
-            await asyncio.wait([self._pump, *late])
+            _, late = await asyncio.wait([self._pump], timeout=drain_s)  # which waits for all that runs
+            if late:
+                late |= self._running
+                for task in late:
+                    task.cancel()
+                await asyncio.wait(late)
 
     @property
     def concurrency(self) -> int:
@@ -170,7 +172,7 @@ class Listener:
                 self._begin(subscription, settler, deliveries)
         finally:
             try:
-                if self._running:
+                while self._running:  # a batch that fails starts more
                     await asyncio.wait(self._running)
             finally:
                 await settler.finish()
@@ -232,15 +234,22 @@ class Listener:
         `failure` is what a first call of the handler failed with, if there was one.
         """
         with tracing.processing(work.delivery):
-            key = self._listen.key
-            if key is None:
+            if self._listen.key is None:
                 failure = await self._try_locally(work, failure)
             else:
-                async with self._keys.turn(key(work.incoming.body)):
-                    failure = await self._try_locally(work, failure)
+                failure = await self._in_turn(work, self._listen.key)
             settlement = await self._settlement(work.delivery, failure)
             if settlement is not None:
                 work.settler.add(settlement)
+
+    async def _in_turn(self, work: Work, key_of: Callable[[Any], Hashable | None]) -> Exception | None:
+        try:
+            key = key_of(work.incoming.body)
+            hash(key)
+        except Exception as error:
+            return error
+        async with self._keys.turn(key):
+            return await self._try_locally(work, None)
 
     async def _settlement(self, delivery: Delivery, failure: Exception | None) -> Settlement | None:
         """How to settle; None when that is done already or not ours to do."""
@@ -331,7 +340,7 @@ class Listener:
             try:
                 if not await self._may_call(works):
                     return [None] * len(works)
-                with tracing.together("process", self._listen.queue, lambda: _traces(works), len(works)):
+                with tracing.processing_many(self._listen.queue, [work.delivery for work in works]):
                     call = works[0].bound.call([work.incoming for work in works])
                     limit_ms = self._listen.time_limit_ms
                     outcomes: Sequence[Exception | None] = await (
@@ -414,7 +423,3 @@ class Listener:
 
 def _applying(queue: str, tx: Tx, batch: Sequence[Incoming]) -> Any:
     return tracing.together("apply", queue, lambda: [tx.trace_of(incoming.body) for incoming in batch], len(batch))
-
-
-def _traces(works: Sequence[Work]) -> list[Any]:
-    return [tracing.trace_of(work.delivery) for work in works]

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from holdfast import observe
 from holdfast.errors import HoldfastError
-from holdfast.messaging.message import Settlement
+from holdfast.messaging.message import Settlement, park
+from holdfast.messaging.recover import describe
 from holdfast.messaging.transport import Subscription
 
 log = observe.logger("listener")
@@ -55,22 +56,27 @@ class Settler:
         while True:
             try:
                 await self._subscription.settle(settlements)
-            except HoldfastError as error:
-                queue = settlements[0].delivery.queue
-                log.warning("settle_failed", queue=queue, error=error.code, detail=error.detail)
-                if not error.retryable:
-                    return await self._one_by_one(settlements)
+            except Exception as error:
+                log.warning("settle_failed", queue=settlements[0].delivery.queue, error=repr(error)[:300])
+                if not (isinstance(error, HoldfastError) and error.retryable):
+                    return await self._one_by_one(settlements, error)
                 if self._stopping.is_set():
                     return False
                 await self._pause()
             else:
                 return True
 
-    async def _one_by_one(self, settlements: Sequence[Settlement]) -> bool:
-        """One that cannot be settled, since somebody did so before, leaves its neighbours alone."""
-        if len(settlements) == 1:
-            return False
-        return all([await self.settle([each]) for each in settlements if not each.delivery.settled])
+    async def _one_by_one(self, settlements: Sequence[Settlement], error: Exception) -> bool:
+        """One that cannot be settled leaves its neighbours alone; what no database can store is parked instead.
+
+        Most often somebody settled it before; then nothing is left to do.
+        """
+        if len(settlements) > 1:
+            return all([await self.settle([each]) for each in settlements if not each.delivery.settled])
+        (alone,) = settlements
+        if alone.kind in ("retry", "reject") and not alone.delivery.settled:
+            await self.settle([park(alone.delivery, describe(error))])
+        return False
 
     async def _flush(self, is_ack: bool) -> None:
         try:

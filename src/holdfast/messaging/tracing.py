@@ -84,6 +84,13 @@ def trace_of(delivery: Delivery) -> Mapping[str, str]:
     return delivery.trace or observe.trace_in(delivery.message.headers)
 
 
+def processing_many(queue: str, deliveries: Sequence[Delivery]) -> AbstractContextManager[object]:
+    """See a batch through: within one span that links to the traces of its messages, or in a trace of its own."""
+    if observe.tracer() is None:
+        return observe.trace_on_demand({})
+    return together("process", queue, lambda: [trace_of(each) for each in deliveries], len(deliveries))
+
+
 def together(
     operation: str, queue: str, causes: Callable[[], Sequence[Mapping[str, str]]], count: int
 ) -> AbstractContextManager[object]:

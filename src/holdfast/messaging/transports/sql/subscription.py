@@ -81,6 +81,7 @@ class SqlSubscription:
         self._held: dict[int, leases.Receipt] = {}
         self._suspects: set[int] = set()  # of those held: what may have ended a process before
         self._renewal: asyncio.Task[None] | None = None
+        self._scarce_us: int | None = None  # since when there is little room
         self._closed = False
 
     async def __aenter__(self) -> SqlSubscription:
@@ -132,12 +133,18 @@ class SqlSubscription:
     def _wanted(self) -> int:
         """How many to claim now; none while there is so little room that a transaction is not worth it.
 
-        Of many, half at a time: while the database finds one half, the handlers work on the other.
+        Of many, half at a time: while the database finds one half, the handlers work on the other. Little room is used
+        once it stayed little for as long as a poll: what is held may wait for just the messages that fit there.
         """
         room = self._prefetch - len(self._held)
         if self._prefetch < HALVED_FROM:
             return room
-        return min(room, self._prefetch // 2) if room >= self._prefetch // 4 else 0
+        if room >= self._prefetch // 4:
+            self._scarce_us = None
+            return min(room, self._prefetch // 2)
+        if self._scarce_us is None:
+            self._scarce_us = self._clock.now_us()
+        return room if self._clock.now_us() >= self._scarce_us + self._poll_us else 0
 
     async def settle(self, settlements: Sequence[Settlement], tx: Tx | None = None) -> None:
         for settlement in settlements:
@@ -310,8 +317,12 @@ class SqlSubscription:
 
     def _settled(self, settlements: Sequence[Settlement]) -> None:
         held = len(self._held)
+        twice: AlreadySettled | None = None
         for settlement in settlements:
-            settlement.delivery.mark_settled()
+            try:
+                settlement.delivery.mark_settled()
+            except AlreadySettled as error:  # by somebody at the same time; its neighbours are settled all the same
+                twice = error
             row_id = settlement.delivery.receipt.row_id
             self._held.pop(row_id, None)
             self._suspects.discard(row_id)
@@ -319,6 +330,8 @@ class SqlSubscription:
         for kind, count in Counter([settlement.kind for settlement in settlements]).items():
             observe.messages_handled.labels(self._queue, kind).inc(count)
         self._waiter.wake()
+        if twice is not None:
+            raise twice
 
     async def _renew(self) -> None:
         """Extend the leases of what is held, so that a slow handler keeps its message."""
