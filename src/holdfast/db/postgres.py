@@ -44,6 +44,12 @@ class PostgresDatabase:
                 max_overflow=0,
                 hide_parameters=True,
                 pool_timeout=POOL_TIMEOUT_S,
+                # For SQLAlchemy every connection is in autocommit, once and for all: BEGIN and COMMIT are asked of the
+                # driver, so that statements may go to it directly (`Prepared`), and what SQLAlchemy runs falls into the
+                # transaction that is open. Nothing has to be set when a connection is taken, or rolled back when it is
+                # given back (`_give_back` looks).
+                isolation_level="AUTOCOMMIT",
+                pool_reset_on_return=None,
                 connect_args={
                     "timeout": CONNECT_TIMEOUT_S,
                     # The client waits a little longer than the server's own time-out, so that its reply can arrive.
@@ -77,9 +83,6 @@ class PostgresDatabase:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Tx]:
         async with self._connection() as connection:
-            # BEGIN and COMMIT are asked of the driver, so that statements may go to it directly (`Prepared`); for
-            # SQLAlchemy the connection is in autocommit, and what it runs falls into the transaction that is open.
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
             opened = await _begin(connection)
             async with committing(Tx(connection, "postgresql"), opened.commit, opened.rollback) as tx:
                 yield tx
@@ -87,7 +90,6 @@ class PostgresDatabase:
     @asynccontextmanager
     async def single(self) -> AsyncIterator[Tx]:
         async with self._connection() as connection:
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
             tx = SingleTx(connection, "postgresql")
             self.singles += 1
             try:
@@ -100,11 +102,10 @@ class PostgresDatabase:
     @asynccontextmanager
     async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:
         async with self._connection() as connection:
-            if snapshot:
-                options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-            else:
-                options = {"isolation_level": "AUTOCOMMIT"}  # no BEGIN and ROLLBACK round trips around one SELECT
-            await connection.execution_options(**options)
+            if not snapshot:
+                yield Tx(connection, "postgresql")  # without BEGIN and ROLLBACK round trips around one SELECT
+                return
+            await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             try:
                 yield Tx(connection, "postgresql")
             finally:
@@ -122,7 +123,7 @@ class PostgresDatabase:
         try:
             yield connection
         finally:
-            await outlast(_give_back(connection))
+            await _give_back(connection)
 
     async def _refuse_unsafe(self) -> None:
         async with self.read() as tx:
@@ -159,9 +160,14 @@ async def _give_back(connection: AsyncConnection) -> None:
     """Return a connection to the pool, unless the driver knows that it is dead or still in a transaction."""
     if not connection.invalidated:
         driver: Any = (await connection.get_raw_connection()).driver_connection
-        if driver.is_closed():
-            await connection.invalidate()
-        elif driver.is_in_transaction():
-            driver.terminate()
-            await connection.invalidate()
+        if driver.is_closed() or driver.is_in_transaction():
+            await outlast(_discard(connection, driver))
+            return
+    await connection.close()  # nothing is reset, so nothing waits here that could be cancelled
+
+
+async def _discard(connection: AsyncConnection, driver: Any) -> None:
+    if not driver.is_closed():
+        driver.terminate()
+    await connection.invalidate()
     await connection.close()

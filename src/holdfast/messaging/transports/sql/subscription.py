@@ -152,12 +152,9 @@ class SqlSubscription:
                 raise AlreadySettled(f"message {settlement.delivery.message.message_id} was settled before")
         if tx is not None:
             await self._settle(tx, settlements)
-        elif self._direct and _plain_acks(settlements):
+        elif self._direct and _is_one_statement(settlements):
             async with self._database.single() as single:
-                await leases.DELETE.rows(
-                    single, row_ids=[settlement.delivery.receipt.row_id for settlement in settlements]
-                )
-            self._settled(settlements)
+                await self._settle(single, settlements)
         else:
             await self._group.submit(self._settle_groups, settlements, traced=False)
 
@@ -302,18 +299,18 @@ class SqlSubscription:
     async def _put_back(self, tx: Tx, again: Sequence[Settlement]) -> None:
         # Only under our own lease: if it ran out, another consumer has the message and decides about it.
         now_us = self._clock.now_us()
+        dues = [now_us + settlement.after_ms * US_PER_MS for settlement in again]
         rows = [
             {
                 "row_id": settlement.delivery.receipt.row_id,
                 "held_lease": settlement.delivery.receipt.lease,
-                "again_us": now_us + settlement.after_ms * US_PER_MS,
+                "again_us": due_us,
                 "counted": int(settlement.counts),
             }
-            for settlement in again
+            for settlement, due_us in zip(again, dues, strict=True)
         ]
         await leases.PUT_BACK.many(tx, rows)
-        dues = [(self._queue, int(str(row["again_us"]))) for row in rows]
-        tx.on_commit(lambda: self._tell(set(dues)))
+        tx.on_commit(lambda: self._tell({(self._queue, due_us) for due_us in dues}))
 
     def _settled(self, settlements: Sequence[Settlement]) -> None:
         held = len(self._held)
@@ -363,6 +360,7 @@ def _in_order(rows: Sequence[Any]) -> list[Any]:
     return sorted(rows, key=attrgetter("ready_us", "id"))
 
 
-def _plain_acks(settlements: Sequence[Settlement]) -> bool:
-    """Whether removing the rows is all there is to do."""
-    return all(settlement.kind == "ack" for settlement in settlements) and not parking.replayed(settlements)
+def _is_one_statement(settlements: Sequence[Settlement]) -> bool:
+    """Whether all there is to do is to remove rows, or to put them back."""
+    kinds = {settlement.kind for settlement in settlements}
+    return kinds == {"retry"} or (kinds == {"ack"} and not parking.replayed(settlements))
