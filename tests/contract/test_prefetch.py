@@ -8,8 +8,10 @@ import random
 import pytest
 
 from holdfast.bootstrap import System
+from holdfast.messaging import listener as listening
 from holdfast.messaging.injection import Incoming
 from holdfast.messaging.message import Delivery, ack, retry
+from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.transport import Subscription
 from holdfast.settings import Settings
 from tests.conftest import WAIT_S, StartSystem, eventually
@@ -17,8 +19,10 @@ from tests.contract.notes import (
     QUEUE,
     counts,
     counts_become,
+    manual_clock,
     note,
     office,
+    pass_time,
     plainly,
     publish,
     send,
@@ -228,3 +232,65 @@ async def test_many_listeners_on_one_queue_lose_and_double_nothing(start_system:
     await eventually(all_came, "all were handled")
     await counts_become(system, (0, 0, 0))
     assert sorted(got) == sorted(bodies)
+
+
+async def test_what_waits_for_a_local_retry_takes_no_room_from_others(start_system: StartSystem) -> None:
+    clock = manual_clock()
+    system = await office(start_system, clock=clock)
+    got: list[str] = []
+
+    async def handle(incoming: Incoming) -> None:
+        got.append(incoming.body.text)
+        if incoming.body.text.startswith("poison") and got.count(incoming.body.text) == 1:
+            raise ValueError("not now")
+
+    system.listen(plainly(handle, prefetch=1, local=RetryPolicy(tries=2, interval_ms=1_000)))
+    await send(system, "poison 1", "poison 2", "good")
+    await settles_at(system, (0, 2, 0))
+    assert got == ["poison 1", "poison 2", "good"]
+    await pass_time(system, clock, 1)
+    await settles_at(system, (0, 0, 0))
+    assert sorted(got[3:]) == ["poison 1", "poison 2"]
+
+
+async def test_so_many_may_wait_for_a_local_retry_and_the_next_is_put_back_at_once(
+    start_system: StartSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listening, "ASIDE_MAX", 2)
+    system = await office(start_system, clock=manual_clock())
+
+    async def handle(incoming: Incoming) -> None:
+        raise ValueError("not now")
+
+    patient = RetryPolicy(tries=5, interval_ms=60_000)
+    system.listen(plainly(handle, prefetch=1, local=patient, durable=patient, outage_after=100))
+    await send(system, "1", "2", "3", "4")
+    await settles_at(system, (0, 2, 2))
+
+
+async def test_a_paused_listener_takes_nothing_although_messages_wait_for_a_local_retry(
+    start_system: StartSystem,
+) -> None:
+    clock = manual_clock()
+    system = await office(start_system, clock=clock)
+
+    async def handle(incoming: Incoming) -> None:
+        raise ValueError("not now")
+
+    patient = RetryPolicy(tries=5, interval_ms=60_000)
+    listener = system.listen(plainly(handle, prefetch=5, local=patient))
+    await send(system, "1")
+    await settles_at(system, (0, 1, 0))
+    listener.pause()
+    await send(system, "2")
+    await pass_time(system, clock, 60)
+    assert await counts(system) == (1, 1, 0)
+
+
+async def settles_at(system: System, wanted: tuple[int, int, int]) -> None:
+    """Let all happen that can, a few rounds of it, until the counts are those."""
+    for _ in range(50):
+        await turn(system)
+        if await counts(system) == wanted:
+            return
+    assert await counts(system) == wanted

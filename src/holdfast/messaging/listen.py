@@ -53,8 +53,6 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput(f"listener {self.name!r} has no handler")
         if self.effects and self.ack != "auto":
             raise InvalidInput(f"listener {self.name!r}: effects ack within their transaction; use ack='auto'")
-        if self.effects and (self.time_limit_ms is not None or self.key is not None):
-            raise self._not_for_effects()
         for name in ("prefetch", "concurrency", "batch_max", "outage_after"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"listener {self.name!r}: {name} is at least 1, not {getattr(self, name)}")
@@ -62,9 +60,6 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput(f"listener {self.name!r}: time_limit_ms is at least 1, not {self.time_limit_ms}")
         if both := set(self.effects) & set(self.plain):
             raise InvalidInput(f"listener {self.name!r} handles {sorted(kind.__name__ for kind in both)} twice")
-
-    def _not_for_effects(self) -> InvalidInput:
-        return InvalidInput(f"listener {self.name!r}: time_limit_ms and key are for plain handlers, not for effects")
 
     def bound(self, clock: Clock) -> dict[type, Bound]:
         """The handler of each class of body; raises `InvalidInput` for whatever is wrong with one."""
@@ -77,7 +72,7 @@ class Listen(msgspec.Struct, frozen=True, kw_only=True):
         bounds |= named
         kinds = {bound.kind for bound in bounds.values()}
         if "effect" in kinds and (self.time_limit_ms is not None or self.key is not None):
-            raise self._not_for_effects()
+            raise InvalidInput(f"listener {self.name!r}: time_limit_ms and key are not for handlers in a transaction")
         if "batch" in kinds and self.key is not None:
             raise InvalidInput(f"listener {self.name!r}: key is for handlers of one message, not for those of a batch")
         return bounds

@@ -35,6 +35,7 @@ from holdfast.messaging.retry import Retry, is_fatal
 from holdfast.messaging.settler import Settler
 from holdfast.messaging.transport import Subscription, Transport
 
+ASIDE_MAX = 1_000  # messages that wait for a local retry at once; beyond that a failure is put back at once
 AWAY_S = 1.0  # how long to wait before asking a database again that was away
 
 T = TypeVar("T")
@@ -85,7 +86,8 @@ class Listener:
         self._slots = Slots(listen.concurrency)
         self._keys = Keys()
         self._outage = Outage(listen.outage_after, listen.outage_wait_ms / 1_000)
-        self._prefetch = listen.prefetch
+        self._prefetch = listen.prefetch  # 0 while paused
+        self._aside = 0  # messages that wait for a local retry
         self._running: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -133,8 +135,13 @@ class Listener:
 
     def _limit(self, prefetch: int) -> None:
         self._prefetch = prefetch
+        self._set_aside(0)
+
+    def _set_aside(self, more: int) -> None:
+        """Messages that wait for a local retry take no room from others, or a few poisonous ones would stop a queue."""
+        self._aside += more
         if self._subscription is not None:
-            self._subscription.limit(prefetch)
+            self._subscription.limit(self._prefetch + self._aside if self._prefetch else 0)
 
     # -- taking -------------------------------------------------------------------------------------------------------
 
@@ -273,7 +280,7 @@ class Listener:
             wait_ms = None
             if self._listen.ack == "auto" and not isinstance(failure, (Retry, ShuttingDown)):
                 wait_ms = self._listen.local.delay_ms(attempt, failure, self._chance)
-            if wait_ms is None or self._stopping.is_set():
+            if wait_ms is None or self._aside >= ASIDE_MAX or self._stopping.is_set():
                 return failure
             log.info(
                 "handler_failed_trying_again",
@@ -284,7 +291,11 @@ class Listener:
             )
             attempt += 1
             failure = None
-            await self._pause(wait_ms / 1_000)
+            self._set_aside(1)
+            try:
+                await self._pause(wait_ms / 1_000)
+            finally:
+                self._set_aside(-1)
 
     async def _carefully(self, work: Work, *, again: bool) -> Exception | None:
         """Call, and count failures in a row; while everything fails, one at a time and slowly."""

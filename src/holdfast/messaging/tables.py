@@ -21,6 +21,9 @@ from holdfast.db.migrate import History
 
 metadata = MetaData(naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_name)s", "pk": "pk_%(table_name)s"})
 
+# On SQLite only a column of exactly this type is the key of the table itself; any other gets an index beside it.
+ROW_ID = BigInteger().with_variant(Integer, "sqlite")
+
 exchanges = Table(
     "hf_exchange",
     metadata,
@@ -53,7 +56,7 @@ bindings = Table(
 messages = Table(
     "hf_message",
     metadata,
-    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("id", ROW_ID, primary_key=True, autoincrement=False),
     Column("queue", Text, nullable=False),  # no foreign key: its check would lock the queue row for every message
     Column("due_us", BigInteger, nullable=False),
     Column("ready_us", BigInteger, nullable=False),  # `due_us` as it was before anybody held it: the order of delivery
@@ -95,6 +98,7 @@ inbox = Table(
     Column("consumer", Text, primary_key=True),
     Column("message_id", Text, primary_key=True),
     Column("done_us", BigInteger, nullable=False),
+    sqlite_with_rowid=False,  # the key is all there is
 )
 
 # Messages that were given up on, kept for a human. `replay_id` is the row of hf_message that carries one while it is
@@ -102,7 +106,7 @@ inbox = Table(
 parked = Table(
     "hf_parked",
     metadata,
-    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("id", ROW_ID, primary_key=True, autoincrement=False),
     Column("queue", Text, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("deliveries", Integer, nullable=False),
@@ -131,7 +135,7 @@ Index("ix_hf_parked_state", parked.c.state, parked.c.id)
 parked_audit = Table(
     "hf_parked_audit",
     metadata,
-    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("id", ROW_ID, primary_key=True, autoincrement=False),
     Column("at_us", BigInteger, nullable=False),
     Column("actor", Text, nullable=False),
     Column("action", Text, nullable=False),

@@ -22,10 +22,11 @@ def upgrade() -> None:
         sa.Column("message_id", sa.Text(), nullable=False),
         sa.Column("done_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("consumer", "message_id", name=op.f("pk_hf_inbox")),
+        sqlite_with_rowid=False,
     )
     op.create_table(
         "hf_message",
-        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=False, nullable=False),
         sa.Column("queue", sa.Text(), nullable=False),
         sa.Column("due_us", sa.BigInteger(), nullable=False),
         sa.Column("ready_us", sa.BigInteger(), nullable=False),
@@ -64,7 +65,7 @@ def upgrade() -> None:
     op.create_index("ix_hf_message_ready", "hf_message", ["queue", "due_us", "id", "lease"], unique=False)
     op.create_table(
         "hf_parked",
-        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=False, nullable=False),
         sa.Column("queue", sa.Text(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("deliveries", sa.Integer(), nullable=False),
@@ -91,7 +92,7 @@ def upgrade() -> None:
     op.create_index("ix_hf_parked_state", "hf_parked", ["state", "id"], unique=False)
     op.create_table(
         "hf_parked_audit",
-        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=False, nullable=False),
         sa.Column("at_us", sa.BigInteger(), nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("action", sa.Text(), nullable=False),

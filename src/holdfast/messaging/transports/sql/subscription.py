@@ -110,7 +110,8 @@ class SqlSubscription:
 
     def limit(self, prefetch: int) -> None:
         self._prefetch = prefetch
-        self._waiter.wake()
+        if prefetch - len(self._held) >= max(1, prefetch // 4):  # less is claimed with the next settlement or poll
+            self._waiter.wake()
 
     def stop(self) -> None:
         self._closed = True
