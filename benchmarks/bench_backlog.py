@@ -46,10 +46,10 @@ CALLERS = 4
 YEAR_MS = 365 * 86_400_000
 SOON_MS = 30_000
 CLAIM = """
-SELECT id FROM hf_message WHERE queue = 'notes.queue' AND due_us <= {now}
-AND (expires_us IS NULL OR expires_us > {now}) ORDER BY due_us, id LIMIT 200
+SELECT id FROM hf_message WHERE queue = 'notes.queue' AND due_us <= :now
+AND (expires_us IS NULL OR expires_us > :now) ORDER BY due_us, id LIMIT 200
 """
-SOONEST = "SELECT min(due_us) FROM hf_message WHERE queue = 'notes.queue' AND due_us > {now}"
+SOONEST = "SELECT min(due_us) FROM hf_message WHERE queue = 'notes.queue' AND due_us > :now"
 
 clock = SystemClock()
 
@@ -152,7 +152,7 @@ async def plans(database: Database) -> None:
             await tx.execute(text("ANALYZE hf_message"))
     async with database.read() as tx:
         for name, statement in (("claim", CLAIM), ("soonest", SOONEST)):
-            found = (await tx.execute(text(f"{explain} {statement.format(now=clock.now_us())}"))).all()
+            found = (await tx.execute(text(f"{explain} {statement}"), {"now": clock.now_us()})).all()
             for row in found:
                 print(f"  {name}: {row[-1]}")
 

@@ -10,6 +10,7 @@ from holdfast.bootstrap import System
 from holdfast.clock import US_PER_S
 from holdfast.errors import InvalidInput
 from holdfast.messaging.draft import DELAY_MS_MAX
+from holdfast.messaging.injection import Incoming
 from holdfast.messaging.listen import Listen
 from holdfast.messaging.message import ack, retry
 from tests.conftest import StartSystem
@@ -134,8 +135,8 @@ async def test_a_move_and_a_consumer_do_not_both_have_a_message(start_system: St
     system = await office(start_system)
     got: list[str] = []
 
-    async def handle(incoming: object) -> None:
-        got.append(incoming.body.text)  # type: ignore[attr-defined]
+    async def handle(incoming: Incoming) -> None:
+        got.append(incoming.body.text)
 
     for number in range(20):
         await send(system, str(number), delay_ms=1, cancel_key="all")

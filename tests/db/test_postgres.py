@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import asyncpg
 import pytest
@@ -53,6 +54,22 @@ async def kill(url: str, pid: int) -> None:
 async def loop_turns(count: int) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+async def cancel_before_its_reply(
+    proxy: LossyProxy, work: Coroutine[Any, Any, None], held: bytes, cancels: int
+) -> None:
+    """Run the work until the server has answered what contains `held`, and cancel it before the answer arrives."""
+    proxy.hold = held
+    task = asyncio.create_task(work)
+    await asyncio.wait_for(proxy.held.wait(), 20)
+    proxy.hold = None
+    for _ in range(cancels):
+        task.cancel()
+        await loop_turns(50)
+    proxy.release.set()
+    await asyncio.wait([task], timeout=20)
+    assert task.cancelled()
 
 
 async def works(database: Database) -> bool:
@@ -268,16 +285,7 @@ async def test_a_transaction_cancelled_before_a_reply_came_leaves_no_half_open_o
                     await put(tx, "left")
                     await put(tx, "right")
 
-            proxy.hold = held.encode()
-            task = asyncio.create_task(work())
-            await asyncio.wait_for(proxy.held.wait(), 20)
-            proxy.hold = None
-            for _ in range(cancels):
-                task.cancel()
-                await loop_turns(50)
-            proxy.release.set()
-            await asyncio.wait([task], timeout=20)
-            assert task.cancelled()
+            await cancel_before_its_reply(proxy, work(), held.encode(), cancels)
 
             async with asyncio.timeout(20), database.transaction() as tx:
                 await put(tx, "after")
@@ -300,16 +308,7 @@ async def test_a_read_cancelled_before_a_reply_came_leaves_the_connection_usable
                 async with database.read(snapshot=snapshot) as tx:
                     await seen(tx)
 
-            proxy.hold = b"SELECT jar"
-            task = asyncio.create_task(work())
-            await asyncio.wait_for(proxy.held.wait(), 20)
-            proxy.hold = None
-            for _ in range(cancels):
-                task.cancel()
-                await loop_turns(50)
-            proxy.release.set()
-            await asyncio.wait([task], timeout=20)
-            assert task.cancelled()
+            await cancel_before_its_reply(proxy, work(), b"SELECT jar", cancels)
 
             async with asyncio.timeout(20):
                 assert await content(database) == {"a": 0}

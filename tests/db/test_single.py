@@ -17,7 +17,7 @@ from holdfast.settings import DatabaseSettings
 from tests.conftest import eventually
 from tests.db.jars import content, jars, make_jars, put, run_cancelled, seen
 from tests.db.proxy import LossyProxy
-from tests.db.test_postgres import ask, kill, loop_turns, opened
+from tests.db.test_postgres import ask, cancel_before_its_reply, kill, loop_turns, opened
 from tests.servers.postgres import HOST, USER, PostgresServer
 
 CANCEL_PLACES = 120
@@ -267,16 +267,7 @@ async def test_cancelled_before_its_reply_came_the_connection_is_usable(
                     tx.on_commit(lambda: woken.append("x"))
                     await put(tx, "left")
 
-            proxy.hold = b"INSERT"
-            task = asyncio.create_task(work())
-            await asyncio.wait_for(proxy.held.wait(), 20)
-            proxy.hold = None
-            for _ in range(cancels):
-                task.cancel()
-                await loop_turns(50)
-            proxy.release.set()
-            await asyncio.wait([task], timeout=20)
-            assert task.cancelled()
+            await cancel_before_its_reply(proxy, work(), b"INSERT", cancels)
             assert woken == []
             async with asyncio.timeout(20):
                 async with database.single() as tx:

@@ -32,7 +32,6 @@ class _Compiled(NamedTuple):
     text: str
     names: tuple[str, ...]  # parameters in the driver's order
     defaults: Mapping[str, Any]  # values that are part of the statement
-    row_names: tuple[str, ...]  # none where the statement answers nothing
     row: Callable[[Iterable[Any]], Any]
     pick: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # parameters of one of many rows, no lists among them
 
@@ -56,7 +55,7 @@ class Prepared:
         else:
             named = {name: _encoded(value, tx.dialect) for name, value in values.items()}
             result = await tx.execute(compiled.statement, named)
-            found = result.all() if compiled.row_names else []
+            found = result.all() if result.returns_rows else []
         return [compiled.row(each) for each in found]
 
     async def many(self, tx: Tx, rows: Collection[Mapping[str, Any]]) -> None:
@@ -78,9 +77,7 @@ class Prepared:
             columns = [entry.keyname for entry in compiled._result_columns]
             row = namedtuple("Row", columns, rename=True)  # type: ignore[misc]  # named at run time
             pick = _picker(names, defaults)
-            self._compiled[dialect] = _Compiled(
-                statement, str(compiled), names, defaults, tuple(columns), row._make, pick
-            )
+            self._compiled[dialect] = _Compiled(statement, str(compiled), names, defaults, row._make, pick)
         return self._compiled[dialect]
 
 

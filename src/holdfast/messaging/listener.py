@@ -335,10 +335,7 @@ class Listener:
             return
         async with self._slots:
             if await self._may_call([work]):
-                if self._listen.time_limit_ms is None:
-                    await work.bound.call(work.incoming)
-                else:
-                    await self._in_time(work.bound.call(work.incoming), self._listen.time_limit_ms)
+                await self._limited(work.bound.call(work.incoming))
 
     async def _call_many(self, works: Sequence[Work]) -> Sequence[Exception | None]:
         """Run effects, or one batch handler, once for all of these; answers what each failed with."""
@@ -352,12 +349,9 @@ class Listener:
                 if not await self._may_call(works):
                     return [None] * len(works)
                 with tracing.processing_many(self._listen.queue, [work.delivery for work in works]):
+                    call: Awaitable[Sequence[Exception | None]]
                     call = works[0].bound.call([work.incoming for work in works])
-                    limit_ms = self._listen.time_limit_ms
-                    outcomes: Sequence[Exception | None] = await (
-                        call if limit_ms is None else self._in_time(call, limit_ms)
-                    )
-                    return outcomes
+                    return await self._limited(call)
             except (ShuttingDown, HandlerTimeout) as error:
                 return [error] * len(works)
 
@@ -369,6 +363,11 @@ class Listener:
         if self._stopping.is_set():
             raise ShuttingDown("stopped before this message's turn")
         return self._listen.ack != "none" or await works[0].settler.settle([ack(work.delivery) for work in works])
+
+    def _limited(self, work: Awaitable[T]) -> Awaitable[T]:
+        """The work under the time limit, if there is one."""
+        limit_ms = self._listen.time_limit_ms
+        return work if limit_ms is None else self._in_time(work, limit_ms)
 
     @staticmethod
     async def _in_time(work: Awaitable[T], limit_ms: int) -> T:

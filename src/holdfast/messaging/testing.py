@@ -21,19 +21,15 @@ from holdfast.db.sqlite import MEMORY, SqliteDatabase
 from holdfast.errors import CannotDecode, InvalidInput, PublishError
 from holdfast.ids import IdSource
 from holdfast.messaging.codec import Codec
-from holdfast.messaging.error_store import LIST_MAX, ErrorStore
+from holdfast.messaging.error_store import LIST_MAX
 from holdfast.messaging.faults import Faults, FaultyListener, ScriptedFailure
-from holdfast.messaging.inbox import Inbox
 from holdfast.messaging.listen import Listen
 from holdfast.messaging.listener import Listener
 from holdfast.messaging.message import Delivery, Message, Outgoing
-from holdfast.messaging.outbox import Outbox
 from holdfast.messaging.parked import ParkedMessage
-from holdfast.messaging.publisher import Publisher
-from holdfast.messaging.queue_gauges import QueueGauges
 from holdfast.messaging.recover import Park
 from holdfast.messaging.tables import HISTORY, messages
-from holdfast.messaging.toolkit import Messaging
+from holdfast.messaging.toolkit import Messaging, parts
 from holdfast.messaging.topology import MILLISECONDS_MAX, Topology
 from holdfast.messaging.transports.sql.insight import overview
 from holdfast.messaging.transports.sql.rows import message_of
@@ -223,25 +219,14 @@ async def bus(types: Mapping[str, type] | Codec, topology: Topology) -> AsyncIte
         stack.push_async_callback(transport.close)
         await transport.start()
         await transport.declare(topology)
-        gauges = QueueGauges(database, clock)
-        stack.push_async_callback(gauges.close)
         running = Bus(
-            clock=clock,
-            ids=ids,
-            group=group,
-            transport=transport,
-            codec=codec,
-            inbox=Inbox(clock),
-            outbox=Outbox(transport, codec, clock, ids),
-            publisher=Publisher(transport, codec, clock, ids),
-            error_store=ErrorStore(database, clock, ids, tell=transport.tell),
+            **parts(database, group, transport, codec, clock, ids),
             recover=Park(),
-            queue_gauges=gauges,
             drain_s=DRAIN_S,
-            listeners=[],
             database=database,
             faults=Faults(),
             resting=asyncio.Lock(),
         )
+        stack.push_async_callback(running.queue_gauges.close)
         stack.push_async_callback(running.stop_listeners)
         yield running

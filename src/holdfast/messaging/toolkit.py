@@ -103,6 +103,25 @@ class Messaging(msgspec.Struct, frozen=True, kw_only=True):
         self.listeners.clear()
 
 
+def parts(
+    database: Database, group: GroupCommit, transport: SqlTransport, codec: Codec, clock: Clock, ids: IdSource
+) -> dict[str, Any]:
+    """What every `Messaging` is made of, by field, whoever runs it and recovers its messages."""
+    return {
+        "clock": clock,
+        "ids": ids,
+        "group": group,
+        "transport": transport,
+        "codec": codec,
+        "inbox": Inbox(clock),
+        "outbox": Outbox(transport, codec, clock, ids),
+        "publisher": Publisher(transport, codec, clock, ids),
+        "error_store": ErrorStore(database, clock, ids, tell=transport.tell),
+        "queue_gauges": QueueGauges(database, clock),
+        "listeners": [],
+    }
+
+
 @asynccontextmanager
 async def open_messaging(
     database: Database,
@@ -138,22 +157,11 @@ async def open_messaging(
             topology += error_topology(error_service)
         await transport.declare(topology)
         codec = types if isinstance(types, Codec) else Codec(types)
-        gauges = QueueGauges(database, clock)
-        stack.push_async_callback(gauges.close)
         running = Messaging(
-            clock=clock,
-            ids=ids,
-            group=group,
-            transport=transport,
-            codec=codec,
-            inbox=Inbox(clock),
-            outbox=Outbox(transport, codec, clock, ids),
-            publisher=Publisher(transport, codec, clock, ids),
-            error_store=ErrorStore(database, clock, ids, tell=transport.tell),
+            **parts(database, group, transport, codec, clock, ids),
             recover=Park() if error_service is None else Republish(service=error_service),
-            queue_gauges=gauges,
             drain_s=settings.drain_ms / 1_000,
-            listeners=[],
         )
+        stack.push_async_callback(running.queue_gauges.close)
         stack.push_async_callback(running.stop_listeners)
         yield running

@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import BigInteger, Executable, bindparam, delete, func, select
+from sqlalchemy import BigInteger, Executable, bindparam, func, select
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Dialect, Tx
-from holdfast.db.prepared import InsertAll, Prepared, among
+from holdfast.db.prepared import InsertAll, Prepared
 from holdfast.errors import PublishRejected
 from holdfast.ids import IdSource
 from holdfast.messaging.dead_letters import Reason, deaths, goes_in_circles, with_death
 from holdfast.messaging.message import HEADER_PARKED_ID, Message, Outgoing
 from holdfast.messaging.tables import messages, queues
 from holdfast.messaging.topology import Queue
-from holdfast.messaging.transports.sql import parking, routing
+from holdfast.messaging.transports.sql import leases, parking, routing
 
 Dues = set[tuple[str, int]]  # (queue, instant)
 
@@ -29,7 +29,6 @@ log = observe.logger("sql_transport")
 
 _headers = msgspec.json.Decoder(dict[str, str]).decode
 _INSERT = InsertAll(messages)
-_DELETE = Prepared(lambda dialect: delete(messages).where(among(dialect, messages.c.id, "row_ids")))
 _LOCK = Prepared(lambda _: select(queues.c.name).where(queues.c.name == bindparam("of_queue")).with_for_update())
 
 
@@ -136,19 +135,22 @@ class QueueRows:
                 again.append(self._row(Outgoing(message=letter), target, now_us))
                 if _drops(target):
                     limits[target.name] = target
-        await self.park(tx, given_up)
+        await self._keep(tx, given_up)
         if rows:
-            await _DELETE.rows(tx, row_ids=[row.id for row in rows])
+            await leases.DELETE.rows(tx, row_ids=[row.id for row in rows])
             tx.on_commit(lambda: observe.messages_dead.labels(reason).inc(len(rows)))
         await self._insert(tx, again)
         await self._trim(tx, limits)
 
     async def park(self, tx: Tx, given: Sequence[tuple[Any, str]]) -> None:
         """Take rows out of their queues into the error store, each with the reason."""
-        if not given:
-            return
+        if given:
+            await self._keep(tx, given)
+            await leases.DELETE.rows(tx, row_ids=[row.id for row, _ in given])
+
+    async def _keep(self, tx: Tx, given: Sequence[tuple[Any, str]]) -> None:
+        """Copy rows to the error store, each with the reason; the caller deletes them."""
         await parking.park(tx, given, self._clock.now_us(), self._ids)
-        await _DELETE.rows(tx, row_ids=[row.id for row, _ in given])
         for row, reason in given:
             log.warning(
                 "message_parked", queue=row.queue, message_id=row.message_id, type=row.type[:80], reason=reason[:300]

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-from sqlalchemy import select
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, US_PER_S, Clock
@@ -19,7 +18,6 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import AlreadySettled, HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.message import Delivery, Settlement
-from holdfast.messaging.tables import messages
 from holdfast.messaging.topology import Queue
 from holdfast.messaging.transports.sql import active_consumer, leases, parking
 from holdfast.messaging.transports.sql.lifetimes import Lifetimes
@@ -103,14 +101,14 @@ class SqlSubscription:
             self._in_flight.dec(len(self._held))
             self._held.clear()
         if self._declared is not None:
-            if self._declared.single_active_consumer:
+            if self._has_one_active:
                 await self._group.submit(self._retire, None)
             await self._lifetimes.leave(self._declared)
             self._declared = None
 
     def limit(self, prefetch: int) -> None:
         self._prefetch = prefetch
-        if prefetch - len(self._held) >= max(1, prefetch // 4):  # less is claimed with the next settlement or poll
+        if self._has_room():  # less is claimed with the next settlement or poll
             self._waiter.wake()
 
     def stop(self) -> None:
@@ -131,6 +129,16 @@ class SqlSubscription:
             await self._waiter.sleep(until_us)
         return []
 
+    @property
+    def _has_one_active(self) -> bool:
+        """Whether one consumer at a time gets all messages of the queue."""
+        return self._declared is not None and self._declared.single_active_consumer
+
+    def _has_room(self) -> bool:
+        """Whether there is room for so many more that a claim is worth it."""
+        worth = self._prefetch // 4 if self._prefetch >= HALVED_FROM else 1
+        return self._prefetch - len(self._held) >= worth
+
     def _wanted(self) -> int:
         """How many to claim now; none while there is so little room that a transaction is not worth it.
 
@@ -140,7 +148,7 @@ class SqlSubscription:
         room = self._prefetch - len(self._held)
         if self._prefetch < HALVED_FROM:
             return room
-        if room >= self._prefetch // 4:
+        if self._has_room():
             self._scarce_us = None
             return min(room, self._prefetch // 2)
         if self._scarce_us is None:
@@ -160,7 +168,7 @@ class SqlSubscription:
             await self._group.submit(self._settle_groups, settlements, traced=False)
 
     async def _claimed(self, room: int) -> _Claimed:
-        if not self._direct or (self._declared is not None and self._declared.single_active_consumer):
+        if not self._direct or self._has_one_active:
             return await self._group.submit(self._claim, room, traced=False)
         # PostgreSQL runs this beside whatever the writer is doing, in one round trip instead of three.
         now_us = self._clock.now_us()
@@ -180,11 +188,7 @@ class SqlSubscription:
 
     async def _claim_once(self, tx: Tx, room: int) -> _Claimed:
         now_us = self._clock.now_us()
-        if (
-            self._declared is not None
-            and self._declared.single_active_consumer
-            and not await self._is_active(tx, now_us)
-        ):
+        if self._has_one_active and not await self._is_active(tx, now_us):
             return _Claimed((), None)  # polling finds out when the active one is gone
         rows = await self._lease(tx, room, now_us)
         if rows:
@@ -219,7 +223,7 @@ class SqlSubscription:
             if row.crashes < SUSPECT_CRASHES:
                 kept.append(row)
             elif row.crashes >= self._crashes_max:
-                (whole,) = (await tx.execute(select(*messages.columns).where(messages.c.id == row.id))).all()
+                (whole,) = await leases.WHOLE.rows(tx, row_ids=[row.id])
                 await self._rows.park(tx, [(whole, CRASH_LOOP.format(row.crashes))])
             elif alone:
                 alone = False
@@ -336,7 +340,7 @@ class SqlSubscription:
         while True:
             await self._clock.sleep(self._lease_us / 3 / US_PER_S)
             try:
-                if self._declared is not None and self._declared.single_active_consumer:
+                if self._has_one_active:
                     await self._group.submit(self._stay, None)
                 if self._held:
                     await self._group.submit(self._extend, list(self._held.values()))
