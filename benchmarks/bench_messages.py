@@ -49,6 +49,11 @@ class Row:
         figures = [each[measure] for each in self.rounds if measure in each]
         return statistics.median(figures) if figures else None
 
+    def range(self, measure: str, scale: float) -> str:
+        """The least and the most of the rounds."""
+        figures = [each[measure] * scale for each in self.rounds]
+        return f"{min(figures):.0f}-{max(figures):.0f}"
+
 
 def main() -> None:
     """Run all cells and print the table, as Markdown and, for further use, as JSON lines."""
@@ -97,21 +102,21 @@ def empty_database(database: str) -> Iterator[str]:
 
 def _told(figures: dict[str, float]) -> str:
     told = [f"{name} {figures[measure]:,.0f}" for measure, name in MEASURES.items() if measure in figures]
-    return f"{', '.join(told)}; probe {figures['probe_s'] * 1_000:.0f} ms"
+    conditions = f"probe {figures['probe_s'] * 1e3:.0f} ms, sync {figures['sync_s'] * 1e6:.0f} us"
+    return f"{', '.join(told)}; {conditions}"
 
 
 def _table(database: str, rows: list[Row]) -> str:
     """The medians, and what of the peers' they are."""
     lines = [
         f"\n### {database}\n",
-        f"| system | {' | '.join(MEASURES.values())} | probe |",
-        f"|---|{'---|' * (len(MEASURES) + 1)}",
+        f"| system | {' | '.join(MEASURES.values())} | probe | sync |",
+        f"|---|{'---|' * (len(MEASURES) + 2)}",
     ]
     for row in rows:
         figures = [_figure(row.median(measure)) for measure in MEASURES]
-        probe = min(each["probe_s"] for each in row.rounds), max(each["probe_s"] for each in row.rounds)
-        told = f"{probe[0] * 1_000:.0f}-{probe[1] * 1_000:.0f} ms"
-        lines.append(f"| {row.system} | {' | '.join(figures)} | {told} |")
+        conditions = f"{row.range('probe_s', 1e3)} ms | {row.range('sync_s', 1e6)} us"
+        lines.append(f"| {row.system} | {' | '.join(figures)} | {conditions} |")
     lines.append("")
     ours = [row for row in rows if row.system.startswith("holdfast") and "effect" not in row.system]
     for mine in ours:

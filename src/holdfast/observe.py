@@ -36,7 +36,7 @@ batch_size = Histogram(
 )
 batch_wait = Histogram(
     "holdfast_group_commit_wait_seconds",
-    "Time from handing in a request to the start of the transaction that decides it.",
+    "Time from handing in the oldest request of a batch to the start of the transaction that decides it.",
     ["name"],
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
     registry=registry,

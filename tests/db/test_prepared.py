@@ -7,7 +7,7 @@ from sqlalchemy import Text, bindparam, select, update
 
 from holdfast.db.border import ConstraintFailed
 from holdfast.db.database import Database
-from holdfast.db.prepared import InsertAll, Prepared, among, insert, rows_of
+from holdfast.db.prepared import VALUES_ROWS, InsertAll, Prepared, among, insert, rows_of
 from holdfast.errors import Conflict, HoldfastError
 from tests.db.jars import content, jars, make_jars
 
@@ -60,6 +60,27 @@ async def test_nothing_to_run_runs_nothing(database: Database) -> None:
     async with database.transaction() as tx:
         await PUT.many(tx, [])
     assert await content(database) == {}
+
+
+@pytest.mark.parametrize("by", ["name", "order"])
+@pytest.mark.parametrize("count", [1, VALUES_ROWS - 1, VALUES_ROWS, VALUES_ROWS + 1, 3 * VALUES_ROWS + 7])
+async def test_rows_however_many_are_all_inserted(database: Database, count: int, by: str) -> None:
+    rows = [(f"jar {number}", number) for number in range(count)]
+    async with database.transaction() as tx:
+        if by == "name":
+            await PUT.many(tx, [{"beans": beans, "name": name} for name, beans in rows])
+        else:
+            await PUT.tuples(tx, rows)
+    assert await content(database) == dict(rows)
+
+
+@pytest.mark.parametrize("at", [0, VALUES_ROWS - 1, VALUES_ROWS, 2 * VALUES_ROWS + 1])
+async def test_one_taken_key_among_many_rows_is_a_conflict_and_none_is_inserted(database: Database, at: int) -> None:
+    await make_jars(database, f"jar {at}")
+    with pytest.raises(Conflict):
+        async with database.transaction() as tx:
+            await PUT.tuples(tx, [(f"jar {number}", 1) for number in range(2 * VALUES_ROWS + 2)])
+    assert await content(database) == {f"jar {at}": 0}
 
 
 async def test_what_is_rolled_back_is_gone(database: Database) -> None:
@@ -131,3 +152,15 @@ async def test_a_list_the_database_cannot_hold_does_not_look_like_a_database_tha
         assert not (isinstance(error, HoldfastError) and error.retryable), error  # noqa: PT017  # SQLite takes some
     async with database.transaction() as tx:
         await PUT.many(tx, [{"name": "after", "beans": 1}])
+
+
+async def test_a_snapshot_holds_for_statements_on_the_driver_too(database: Database) -> None:
+    await make_jars(database, "a")
+    async with database.read(snapshot=True) as tx:
+        assert [row.beans for row in await FIND.rows(tx, names=["a"])] == [0]
+        async with database.transaction() as other:
+            await ADD.rows(other, jar="a", more=5, at_most=9)
+        assert [row.beans for row in await FIND.rows(tx, names=["a"])] == [0]
+        assert (await tx.execute(select(jars.c.beans))).scalar_one() == 0
+    async with database.read(snapshot=True) as tx:
+        assert [row.beans for row in await FIND.rows(tx, names=["a"])] == [5]

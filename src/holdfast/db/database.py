@@ -180,7 +180,7 @@ async def committing(
         yield tx
         tx.refuse_void()
     except BaseException:
-        await outlast(_quietly(rollback))
+        await outlast(quietly(rollback))
         raise
 
     async def finish() -> None:
@@ -190,7 +190,7 @@ async def committing(
     try:
         await outlast(finish())
     except Exception as error:
-        await outlast(_quietly(rollback))
+        await outlast(quietly(rollback))
         raise translate_commit(error) from error
 
 
@@ -213,7 +213,8 @@ async def outlast(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def _quietly(rollback: Callable[[], Awaitable[None]]) -> None:
+async def quietly(rollback: Callable[[], Awaitable[None]]) -> None:
+    """Roll back what has failed already; that this fails too is for the log."""
     try:
         await rollback()
     except Exception as error:

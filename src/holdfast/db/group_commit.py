@@ -72,6 +72,7 @@ class GroupCommit:
         self._arrival = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._closing = False
+        self._deciding = False
 
     def start(self) -> None:
         """Begin to decide; must be called with the loop running."""
@@ -133,7 +134,7 @@ class GroupCommit:
         return answer
 
     def _refuse_own(self) -> None:
-        if self._worker is not None and asyncio.current_task() is self._worker:
+        if self._deciding and asyncio.current_task() is self._worker:
             raise InvalidInput(
                 "this is called from within a transaction of the same writer, which would wait for itself; "
                 "use the transaction at hand: outbox.add(tx, ...) instead of publisher.publish(...)"
@@ -159,14 +160,13 @@ class GroupCommit:
             batch = [job for job in batch if not job.answer.cancelled()]
             if batch:
                 self._measure(batch)
+                self._deciding = True
                 await self._settle(batch)
+                self._deciding = False
 
     def _measure(self, batch: list[_Job]) -> None:
         observe.batch_size.labels(self._name).observe(len(batch))
-        wait = observe.batch_wait.labels(self._name)
-        now = self._clock.monotonic()
-        for job in batch:
-            wait.observe(now - job.arrived)
+        observe.batch_wait.labels(self._name).observe(self._clock.monotonic() - batch[0].arrived)
 
     async def _settle(self, batch: list[_Job]) -> None:
         """Give every job of the batch its answer, whatever happens."""

@@ -10,7 +10,7 @@ from sqlalchemy import URL, event, exc, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from holdfast.db.border import translate
-from holdfast.db.database import Dialect, SingleTx, Tx, committing, outlast
+from holdfast.db.database import Dialect, SingleTx, Tx, committing, outlast, quietly
 from holdfast.errors import InvalidSettings, Unavailable, UnsafeDatabase
 
 # A setting that is off gives an acknowledgement before the row is on the disk.
@@ -105,11 +105,11 @@ class PostgresDatabase:
             if not snapshot:
                 yield Tx(connection, "postgresql")  # without BEGIN and ROLLBACK round trips around one SELECT
                 return
-            await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            opened = await _begin(connection, isolation="repeatable_read", readonly=True)
             try:
                 yield Tx(connection, "postgresql")
             finally:
-                await outlast(connection.rollback())
+                await outlast(quietly(opened.rollback))
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -142,10 +142,10 @@ def _refuse_dead(connection: Any, _record: Any, _proxy: Any) -> None:
         raise exc.InvalidatePoolError
 
 
-async def _begin(connection: AsyncConnection) -> Any:
+async def _begin(connection: AsyncConnection, **kind: Any) -> Any:
     driver: Any = (await connection.get_raw_connection()).driver_connection
     try:
-        opened = driver.transaction()
+        opened = driver.transaction(**kind)
         await opened.start()
     except BaseException as error:
         # Cancelled or failed here, the driver does not know whether BEGIN arrived: this connection is of no more use.

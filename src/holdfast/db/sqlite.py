@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -70,9 +70,9 @@ class SqliteDatabase:
     async def transaction(self) -> AsyncIterator[Tx]:
         if self._writer is None:
             raise Unavailable("this database was opened read-only")
-        async with self._write_turn(), _connected(self._writer) as connection:
-            await _begin(connection)
-            async with committing(Tx(connection, "sqlite"), connection.commit, connection.rollback) as tx:
+        async with self._write_turn(), _connected(self._writer) as (connection, driver):
+            await _begin(driver, "BEGIN IMMEDIATE")
+            async with committing(Tx(connection, "sqlite"), driver.commit, driver.rollback) as tx:
                 yield tx
 
     def single(self) -> AbstractAsyncContextManager[Tx]:
@@ -80,16 +80,14 @@ class SqliteDatabase:
 
     @asynccontextmanager
     async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:
-        # A deferred BEGIN fixes the snapshot at the first SELECT, so `snapshot` holds either way.
         if self._readers is None:
             async with self.transaction() as tx:
                 yield tx
             return
-        async with _connected(self._readers) as connection:
-            try:
-                yield Tx(connection, "sqlite")
-            finally:
-                await outlast(connection.rollback())
+        async with _connected(self._readers) as (connection, driver):
+            if snapshot:
+                await _begin(driver, "BEGIN")  # deferred: the first SELECT fixes the snapshot
+            yield Tx(connection, "sqlite")
 
     @property
     def writing(self) -> bool:
@@ -123,21 +121,31 @@ class SqliteDatabase:
 
 
 @asynccontextmanager
-async def _connected(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+async def _connected(engine: AsyncEngine) -> AsyncIterator[tuple[AsyncConnection, Any]]:
+    """A connection of SQLAlchemy's, and the driver's under it."""
     try:
         connection = await engine.connect()
     except Exception as error:
         raise translate(error) from error
+    driver: Any = (await connection.get_raw_connection()).driver_connection
     try:
-        yield connection
+        yield connection, driver
     finally:
-        await outlast(connection.close())
+        await outlast(_give_back(connection, driver))
 
 
-async def _begin(connection: AsyncConnection) -> None:
+async def _give_back(connection: AsyncConnection, driver: Any) -> None:
+    try:
+        if driver.in_transaction:  # a snapshot, or a COMMIT that failed
+            await driver.rollback()
+    finally:
+        await connection.close()
+
+
+async def _begin(driver: Any, statement: str) -> None:
     try:
         # To the end, whoever cancels: a connection left half-way is thrown away, and a database in memory with it.
-        await outlast(awaited(connection.begin()))
+        await outlast(awaited(driver.execute_fetchall(statement)))
     except Exception as error:
         raise translate(error) from error
 
@@ -199,41 +207,38 @@ def _in_use(path: str, holder: str) -> DatabaseInUse:
     )
 
 
+# For SQLAlchemy every connection is in autocommit, once and for all: BEGIN and COMMIT are asked of the driver, so that
+# statements may go to it directly (`Prepared`), and what SQLAlchemy runs falls into the transaction that is open. Each
+# word to the driver goes to its thread and back (30 to 50 us); SQLAlchemy's own BEGIN and reset took five of them.
+_PLAIN: dict[str, Any] = {
+    "isolation_level": "AUTOCOMMIT",
+    "skip_autocommit_rollback": True,
+    "pool_reset_on_return": None,
+    "hide_parameters": True,
+}
+_WRITER = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 5000", CACHE)
+_READER = ("query_only = ON", "busy_timeout = 5000")
+
+
 def _writer_engine(path: str) -> AsyncEngine:
     url = URL.create("sqlite+aiosqlite", database=path)
-    engine = create_async_engine(url, poolclass=StaticPool, hide_parameters=True)
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def prepare(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # we say BEGIN ourselves, below
-        cursor = connection.cursor()
-        pragmas = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 5000", CACHE)
-        for pragma in pragmas:
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
+    return _prepared(create_async_engine(url, poolclass=StaticPool, **_PLAIN), _WRITER)
 
 
 def _reader_engine(path: str, readers: int) -> AsyncEngine:
     # The path stands in a URI of SQLite's, so `?`, `#` and `%` in it are quoted.
     url = URL.create("sqlite+aiosqlite", database=f"file:{quote(path)}", query={"mode": "ro", "uri": "true"})
-    engine = create_async_engine(url, pool_size=readers, max_overflow=0, pool_timeout=15, hide_parameters=True)
+    engine = create_async_engine(url, pool_size=readers, max_overflow=0, pool_timeout=15, **_PLAIN)
+    return _prepared(engine, _READER)
 
+
+def _prepared(engine: AsyncEngine, pragmas: Sequence[str]) -> AsyncEngine:
     @event.listens_for(engine.sync_engine, "connect")
     def prepare(connection: Any, _: Any) -> None:
-        connection.isolation_level = None
+        connection.isolation_level = None  # the driver opens no transaction of its own
         cursor = connection.cursor()
-        for pragma in ("query_only = ON", "busy_timeout = 5000"):
+        for pragma in pragmas:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN")
 
     return engine

@@ -14,7 +14,7 @@ HEADER_PARKED_ID = "x-holdfast-parked-id"  # on a message that was replayed: the
 JSON = "application/json"
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True):
+class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One message as it travels: bytes with an address and properties, named as in AMQP."""
 
     exchange: str
@@ -27,7 +27,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     headers: Mapping[str, str] = {}
 
 
-class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
+class Outgoing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A message with how it is to be sent."""
 
     message: Message

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast import observe
 from holdfast.clock import Clock
+from holdfast.deadline import Deadlines
 from holdfast.errors import PublishError, PublishRejected, PublishUnconfirmed
 from holdfast.ids import IdSource
 from holdfast.messaging import tracing
@@ -35,6 +35,7 @@ class Publisher:
         self._clock = clock
         self._ids = ids
         self._retry = retry or RetryPolicy(tries=3, interval_ms=1_000)
+        self._deadlines = Deadlines()
         self._chance = random.Random()  # noqa: S311  # jitter
 
     async def publish(
@@ -83,7 +84,7 @@ class Publisher:
         outcomes: list[PublishError | None] = []
         with tracing.sending(drafts, self._composer.outgoing) as sending:
             try:
-                async with asyncio.timeout(deadline_s):
+                async with self._deadlines.within(deadline_s):
                     outcomes += await self._transport.publish(sending.batch)
                     if any(outcomes):
                         await self._send_again(sending.batch, outcomes)

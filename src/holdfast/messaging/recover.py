@@ -120,7 +120,15 @@ def describe(error: BaseException) -> str:
 
 
 def _trace(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error, limit=-5))
+    """The last frames, without the marks below each line: to place them Python parses the line again, every time."""
+    whole = traceback.TracebackException.from_exception(error, limit=-5)
+    told: list[traceback.TracebackException | None] = [whole]
+    for each in told:
+        if each is not None:
+            for frame in each.stack:
+                frame.colno = None
+            told += [each.__cause__, each.__context__, *(each.exceptions or ())]
+    return "".join(whole.format())
 
 
 def _plain(text: str) -> str:

@@ -11,6 +11,8 @@ from holdfast.messaging.message import Settlement, park
 from holdfast.messaging.recover import describe
 from holdfast.messaging.transport import Subscription
 
+ROUNDS = 4  # so many batches of acks what is not an ack waits for company; no longer than there are acks
+
 log = observe.logger("listener")
 
 
@@ -28,9 +30,11 @@ class Settler:
         self._pause = pause
         self._stopping = stopping
         # Acks apart from the rest: a transport removes many messages in no time, and they need not wait for the few
-        # that it has to put back or park.
+        # that it has to put back or park, which cost as much for one as for ten.
         self._gathered: dict[bool, list[Settlement]] = {True: [], False: []}
         self._flushing: dict[bool, asyncio.Task[None]] = {}
+        self._rounds = 0
+        self._round_over = asyncio.Event()
 
     def add(self, settlement: Settlement) -> None:
         """Settle it with whatever else is done by the next turn of the event loop."""
@@ -80,8 +84,24 @@ class Settler:
 
     async def _flush(self, is_ack: bool) -> None:
         try:
-            while batch := self._gathered[is_ack]:
+            while self._gathered[is_ack]:
+                if not is_ack:
+                    await self._gather_more()
+                batch = self._gathered[is_ack]
                 self._gathered[is_ack] = []
                 await self.settle(batch)
+                if is_ack:
+                    self._end_round()
         finally:
             del self._flushing[is_ack]
+            self._end_round()
+
+    async def _gather_more(self) -> None:
+        last = self._rounds + ROUNDS
+        while True in self._flushing and self._rounds < last:
+            self._round_over.clear()
+            await self._round_over.wait()
+
+    def _end_round(self) -> None:
+        self._rounds += 1
+        self._round_over.set()
