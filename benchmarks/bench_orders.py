@@ -33,7 +33,7 @@ import asyncpg
 from sqlalchemy import make_url
 
 from holdfast.clock import SystemClock
-from holdfast.edge.http.auth import STAFF, Tokens
+from holdfast.edge.http.auth import SCOPES, Tokens
 from tests.servers.postgres import PostgresServer
 
 TOKEN_SECRET = secrets.token_urlsafe(48)
@@ -103,7 +103,7 @@ class Holdfast:
         return await _count(url, pending) + await _count(url, held)
 
     def _stock_up(self, port: int, skus: int, units: int) -> None:
-        token = Tokens(TOKEN_SECRET, SystemClock()).issue("bench", frozenset({STAFF}), 3_600)
+        token = Tokens(TOKEN_SECRET, SystemClock()).issue("bench", frozenset(SCOPES), 3_600)
         for number in range(1, skus + 1):
             sku = f"SKU-{number:02d}"
             body = {"title": sku, "priceMinor": 1_000, "currency": "CNY"}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, Phase, settings
 
-from holdfast.edge.http.auth import STAFF
+from holdfast.edge.http.stock import STOCK
 from tests.edge.counter import TABLES, TOKEN_SECRET
 
 NESTING = 10_000
@@ -202,7 +202,7 @@ def tokens(claims: Mapping[str, Any]) -> dict[str, str | bytes | None]:
         "sub beyond ASCII": {"sub": "änn"},
         "sub with a lone surrogate": {"sub": "\ud800"},
         "sub too long": {"sub": "a" * 129},
-        "scope is a list": {"scope": [STAFF]},
+        "scope is a list": {"scope": [STOCK]},
         "scope is a number": {"scope": 1},
         "scope is null": {"scope": None},
     }
@@ -261,7 +261,7 @@ def tokens(claims: Mapping[str, Any]) -> dict[str, str | bytes | None]:
         "beyond ASCII": f"Bearer {good}".encode() + b"\xe9",
         "forged with another secret": f"Bearer {_signed(header, payload, secret=OTHER_SECRET)}",
         "another's signature": f"Bearer {header}.{_b64(json.dumps({**claims, 'sub': 'eve'}).encode())}.{signature}",
-        "scope added": f"Bearer {header}.{_b64(json.dumps({**claims, 'scope': STAFF}).encode())}.{signature}",
+        "scope added": f"Bearer {header}.{_b64(json.dumps({**claims, 'scope': STOCK}).encode())}.{signature}",
         "signature cut off": f"Bearer {good[:-1]}",
         "signature empty": f"Bearer {header}.{payload}.",
         "signature of zeros": f"Bearer {header}.{payload}.{_b64(bytes(32))}",

@@ -20,7 +20,7 @@ from sqlalchemy import text
 from holdfast import observe
 from holdfast.bootstrap import System, migrate_all, running
 from holdfast.clock import US_PER_S
-from holdfast.edge.http.auth import STAFF
+from holdfast.edge.http.stock import STOCK
 from holdfast.edge.server import listening
 from holdfast.messaging.tables import metadata as messaging_tables
 from holdfast.services.orders.model import OrderView
@@ -70,7 +70,7 @@ class Counter:
 
     def staff(self) -> dict[str, str]:
         """The header of an employee."""
-        return self.bearer("boss", STAFF)
+        return self.bearer("boss", STOCK)
 
     async def ask(
         self,

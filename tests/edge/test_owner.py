@@ -12,9 +12,9 @@ import pytest_asyncio
 from litestar import Litestar, get
 
 from holdfast.edge.http.app import build_app
-from holdfast.edge.http.auth import STAFF
 from holdfast.edge.http.hot import HotRoutes
 from holdfast.edge.http.shell import Shell
+from holdfast.edge.http.stock import STOCK
 from holdfast.services.payments.sandbox import SIGNATURE_HEADER
 from tests.edge.counter import Counter, refused, routes_of, view_of
 
@@ -41,7 +41,7 @@ class Sale(NamedTuple):
             "nobody": {},
             "another": self.counter.bearer("another"),
             "owner": self.counter.bearer(OWNER),
-            "staff": self.counter.bearer("boss", STAFF),
+            "staff": self.counter.bearer("boss", STOCK),
         }
         headers = {**who[role], **sent.pop("headers", {})}
         return await self.counter.ask(method, path, headers, **sent)
@@ -204,12 +204,12 @@ async def test_only_the_very_scope_makes_staff(sale: Sale, scope: str) -> None:
     counter = sale.counter
     async with counter.unchanged():
         refused(await counter.ask("GET", "/v1/stocks", counter.bearer("boss", scope)), 403, "forbidden")
-    others = counter.bearer("boss", f"orders:read {STAFF} x")
+    others = counter.bearer("boss", f"orders:read {STOCK} x")
     assert (await counter.ask("GET", "/v1/stocks", others)).status_code == 200
 
 
 async def test_a_detail_of_403_names_the_scope_that_is_needed(sale: Sale) -> None:
-    assert STAFF in refused(await sale.ask("owner", "GET", "/v1/stocks"), 403, "forbidden")
+    assert STOCK in refused(await sale.ask("owner", "GET", "/v1/stocks"), 403, "forbidden")
 
 
 # --- No route without a row -------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import msgspec
 
 from holdfast.bootstrap import migrate_all
 from holdfast.clock import SystemClock
-from holdfast.edge.http.auth import STAFF, Tokens
+from holdfast.edge.http.auth import SCOPES, Tokens
 from holdfast.settings import DatabaseSettings, Settings
 
 HOST = "127.0.0.1"
@@ -118,7 +118,7 @@ def free_port() -> int:
 
 def bearer(subject: str, *, staff: bool = False) -> dict[str, str]:
     """The header of a buyer or of staff."""
-    scopes = frozenset({STAFF}) if staff else frozenset()
+    scopes = frozenset(SCOPES) if staff else frozenset()
     return {"authorization": f"Bearer {Tokens(TOKEN_SECRET, SystemClock()).issue(subject, scopes, TOKEN_VALID_S)}"}
 
 

@@ -102,13 +102,17 @@ def verify(
 @app.command()
 def token(
     subject: Annotated[str, typer.Argument(help="Whose token it is: a buyer's or an employee's name.")],
-    staff: Annotated[bool, typer.Option(help="May write stock.")] = False,
+    staff: Annotated[bool, typer.Option(help="With every scope.")] = False,
+    scope: Annotated[list[str] | None, typer.Option(help="With this scope, e.g. stock:write; may be repeated.")] = None,
     valid_s: Annotated[int, typer.Option(min=1, max=366 * 86_400, help="Seconds until it expires.")] = 86_400,
 ) -> None:
     """Print a bearer token signed with HOLDFAST_HTTP__TOKEN_SECRET."""
     auth = _extra("holdfast.edge.http.auth")
     tokens = auth.Tokens(_settings().http.token_secret.reveal(), SystemClock())
-    typer.echo(tokens.issue(subject, frozenset({auth.STAFF}) if staff else frozenset(), valid_s))
+    wanted = frozenset(auth.SCOPES) if staff else frozenset(scope or ())
+    if unknown := sorted(wanted - set(auth.SCOPES)):
+        raise InvalidInput(f"there is no scope {unknown[0]!r}; there are: {', '.join(auth.SCOPES)}")
+    typer.echo(tokens.issue(subject, wanted, valid_s))
 
 
 @app.command()

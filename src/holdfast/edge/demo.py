@@ -26,7 +26,7 @@ from holdfast import observe
 from holdfast.audit import Report, audit
 from holdfast.bootstrap import System, migrate_all, running
 from holdfast.clock import SystemClock
-from holdfast.edge.http.auth import STAFF, Tokens
+from holdfast.edge.http.auth import SCOPES, Tokens
 from holdfast.edge.report import show
 from holdfast.edge.server import listening
 from holdfast.services.payments.sandbox import SIGNATURE_HEADER
@@ -131,7 +131,7 @@ class Crowd:
 
     async def stock_up(self) -> None:
         """Staff puts the units on the shelf."""
-        headers = self._bearer("staff", frozenset({STAFF}))
+        headers = self._bearer("staff", frozenset(SCOPES))
         for sku in self._skus:
             body = {"title": f"Ticket {sku}", "priceMinor": PRICE_MINOR, "currency": "CNY"}
             (await self._client.put(f"/v1/skus/{sku}", json=body, headers=headers)).raise_for_status()
@@ -148,7 +148,7 @@ class Crowd:
 
     async def look(self) -> None:
         """Read the shelves, as staff would."""
-        answer = await self._client.get("/v1/stocks", headers=self._bearer("staff", frozenset({STAFF})))
+        answer = await self._client.get("/v1/stocks", headers=self._bearer("staff", frozenset(SCOPES)))
         self.tally.levels = answer.json()
 
     async def _buyer(self, name: str, chance: random.Random) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jwt
 import msgspec
 from litestar import Request
 from litestar.connection import ASGIConnection
+from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 
 from holdfast.clock import US_PER_S, Clock
@@ -18,7 +20,15 @@ from holdfast.errors import InvalidInput, InvalidSettings
 
 ALGORITHM = "HS256"  # pinned here, never taken from the token
 SECRET_BYTES_MIN = 32
-STAFF = "stock:write"
+SCOPES: Mapping[str, str] = {
+    "stock:write": "SKUs, warehouses, receipts, adjustments and counts",
+    "orders:read": "every buyer's orders and what happens to them",
+    "orders:write": "ship, complete, extend and cancel orders",
+    "refunds:write": "give captured money back",
+    "reconciliations:write": "see differences between the books and repair them",
+    "webhooks:write": "where events are sent",
+}
+"""What staff may be allowed to do; a buyer's token has none of these and serves his own orders."""
 _SUBJECT = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -89,7 +99,15 @@ def caller(request: Request[Any, Any, Any]) -> Caller:
     return tokens.caller(request.headers.get("authorization", ""))
 
 
-def staff_only(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """The guard of routes for staff: it comes before the body is read. Raises `Unauthorized` or `Forbidden`."""
-    tokens: Tokens = connection.app.state.tokens
-    tokens.caller(connection.headers.get("authorization", "")).require(STAFF)
+def staff(scope: str) -> dict[str, Any]:
+    """What a route for staff is declared with: only a token with the scope gets in, and its caller is handed on.
+
+    The guard comes before the body is read; it raises `Unauthorized` or `Forbidden`.
+    """
+    assert scope in SCOPES
+
+    def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+        tokens: Tokens = connection.app.state.tokens
+        tokens.caller(connection.headers.get("authorization", "")).require(scope)
+
+    return {"guards": [guard], "dependencies": {"caller": Provide(caller, sync_to_thread=False)}}

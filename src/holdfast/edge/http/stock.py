@@ -6,11 +6,11 @@ from typing import Any
 
 import msgspec
 from litestar import Request, Response, Router, get, post, put, route
-from litestar.di import NamedDependency, Provide
+from litestar.di import NamedDependency
 from litestar.params import FromPath, RawBody
 
 from holdfast.bootstrap import System
-from holdfast.edge.http.auth import Caller, caller, staff_only
+from holdfast.edge.http.auth import Caller, staff
 from holdfast.edge.http.reading import body_of, idempotency_key
 from holdfast.errors import InvalidInput
 from holdfast.services.contracts.values import Code, Currency, Quantity
@@ -40,11 +40,7 @@ class ReceiptBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     warehouse: Code = "main"
 
 
-# The guard comes before the body is read, the dependency hands on who it is.
-STAFF_ONLY: dict[str, Any] = {
-    "guards": [staff_only],
-    "dependencies": {"caller": Provide(caller, sync_to_thread=False)},
-}
+STOCK = "stock:write"
 
 _read_sku = body_of(SkuBody)
 _read_receipt = body_of(ReceiptBody)
@@ -71,7 +67,7 @@ async def receipts_methods() -> Response[None]:
 @get(
     "/stocks",
     summary="All levels (staff)",
-    **STAFF_ONLY,
+    **staff(STOCK),
 )
 async def levels(caller: NamedDependency[Caller], system: NamedDependency[System]) -> list[Level]:
     """Every SKU in every warehouse with its counters."""
@@ -81,7 +77,7 @@ async def levels(caller: NamedDependency[Caller], system: NamedDependency[System
 @put(
     "/skus/{sku:str}",
     summary="Create or change a SKU (staff)",
-    **STAFF_ONLY,
+    **staff(STOCK),
 )
 async def keep(
     sku: FromPath[str], body: RawBody, caller: NamedDependency[Caller], system: NamedDependency[System]
@@ -95,7 +91,7 @@ async def keep(
 @post(
     "/stocks/receipts",
     summary="Book units that came in (staff)",
-    **STAFF_ONLY,
+    **staff(STOCK),
 )
 async def receive(
     request: Request[Any, Any, Any],
