@@ -27,9 +27,14 @@ from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.tables import HISTORY as MESSAGING_HISTORY
 from holdfast.messaging.toolkit import Messaging, open_messaging
 from holdfast.messaging.transports.sql.transport import SqlTransport
+from holdfast.services.carts import listeners as cart_listeners
+from holdfast.services.carts.actions import Carts
+from holdfast.services.carts.service import CartService
 from holdfast.services.contracts.events import TYPES
 from holdfast.services.contracts.topology import TOPOLOGY
 from holdfast.services.orders import listeners as order_listeners
+from holdfast.services.orders.fulfilment import Fulfilment
+from holdfast.services.orders.moves import Moves
 from holdfast.services.orders.place import PlaceOrders
 from holdfast.services.orders.service import OrderService
 from holdfast.services.orders.transitions import Transitions
@@ -57,6 +62,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     database: Database
     messaging: Messaging
     orders: OrderService
+    carts: CartService
     stock: StockService
     payments: PaymentService
     sandbox: Sandbox
@@ -140,12 +146,21 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         payments = Payments(clock, ids, outbox, sandbox, settings.payments.merchant_id)
         payment_service = PaymentService(database, group, payments, sandbox, clock)
         stock = Stock(clock, ids, outbox)
-        place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
-        transitions = Transitions(clock, ids, outbox, payments)
-        orders = OrderService(database, stock_group, group, place, transitions, payment_service, clock, settings.orders)
+        carts = Carts(clock)
+        orders = _orders(
+            database,
+            (stock_group, group),
+            settings,
+            bus,
+            stock=stock,
+            payments=payments,
+            cashier=payment_service,
+            carts=carts,
+        )
         stock_service = StockService(database, stock_group, stock, orders, clock)
         listens = (
-            *order_listeners.listeners(orders, transitions),
+            *order_listeners.listeners(orders),
+            *cart_listeners.listeners(carts),
             *stock_listeners.listeners(stock, stock_group),
             *payment_listeners.listeners(payments, payment_service),
         )
@@ -155,6 +170,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             database=database,
             messaging=bus,
             orders=orders,
+            carts=CartService(database, group, carts),
             stock=stock_service,
             payments=payment_service,
             sandbox=sandbox,
@@ -193,6 +209,26 @@ async def _stock_writer(
         await writer.close()
 
 
+def _orders(
+    database: Database,
+    groups: tuple[GroupCommit, GroupCommit],
+    settings: Settings,
+    bus: Messaging,
+    *,
+    stock: Stock,
+    payments: Payments,
+    cashier: PaymentService,
+    carts: Carts,
+) -> OrderService:
+    """Orders with their verbs; `groups` are the writer that owns the stock rows, and the other."""
+    clock, outbox, rules = bus.clock, bus.outbox, settings.orders
+    moves = Moves(clock, bus.ids)
+    place = PlaceOrders(clock, bus.ids, outbox, rules, catalogue=stock, stock=stock, payments=payments, carts=carts)
+    transitions = Transitions(clock, moves, outbox, payments, rules.extend_ms_max)
+    fulfilment = Fulfilment(clock, outbox, moves, rules.complete_ms)
+    return OrderService(database, *groups, place, transitions, fulfilment, cashier, clock, rules)
+
+
 def _sandbox(settings: Settings, group: GroupCommit, clock: Clock) -> Sandbox:
     secret = settings.payments.sandbox_secret.reveal()
     if not settings.payments.sandbox:
@@ -227,6 +263,7 @@ def _sweepers(
     of_orders, of_payments = settings.orders.sweep_ms, settings.payments.sweep_ms
     return [
         Sweeper("orders", of_orders, lambda: orders.sweep(of_orders), clock),
+        Sweeper("arrivals", of_orders, orders.sweep_arriving, clock),
         Sweeper("stock", of_orders, lambda: stock.sweep(of_orders), clock),
         Sweeper("payments", of_payments, lambda: payments.sweep(of_payments), clock),
     ]

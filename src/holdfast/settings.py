@@ -98,6 +98,8 @@ class OrdersSettings(Section, frozen=True, kw_only=True):
 
     time_out_ms: Annotated[int, Meta(ge=100, le=366 * 86_400_000)] = 1_800_000  # 30 minutes to pay
     sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # the guard behind time-out messages
+    extend_ms_max: Milliseconds = 86_400_000  # the latest deadline that staff may give, from when it was placed
+    complete_ms: Annotated[int, Meta(ge=1_000, le=366 * 86_400_000)] = 604_800_000  # shipped, then completed by itself
     lines_max: Annotated[int, Meta(ge=1, le=500)] = 50  # per order
     quantity_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 100  # per line
 

@@ -19,7 +19,7 @@ from holdfast.errors import (
     Unavailable,
 )
 from holdfast.services.contracts.refusals import KeyReused
-from holdfast.services.orders.model import MixedCurrencies, OrderNotFound
+from holdfast.services.orders.model import CartEmpty, MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
 from holdfast.services.payments.service import UnknownProvider
 from holdfast.services.stock.actions import UnknownSku
@@ -69,6 +69,7 @@ STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (KeyReused, 422),
     (UnknownSkuOnLine, 422),
     (MixedCurrencies, 422),
+    (CartEmpty, 422),
     (InvalidInput, 400),
     (Refused, 409),
     (BodyTooLarge, 413),

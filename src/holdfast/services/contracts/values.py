@@ -24,10 +24,13 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What one unit costs, in minor units (cents, fen) of an ISO 4217 currency."""
+    """What one unit costs, in minor units (cents, fen) of an ISO 4217 currency, and what holds for selling it."""
 
     amount_minor: int
     currency: str
+    order_max: int | None = None  # units in one order
+    buyer_max: int | None = None  # units of one buyer, over all his orders that are open or paid
+    time_out_ms: int | None = None  # time to pay an order with this SKU, where it is not the usual one
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,10 +60,7 @@ class Payments:
             for payment in opened
         ]
         await store.insert_payments.many(tx, rows)
-        return [
-            PaymentRef(id=str(payment.id), provider=payment.provider, pay_url=self._provider.pay_url(payment))
-            for payment in opened
-        ]
+        return [self._reference(payment) for payment in opened]
 
     async def apply(self, tx: Tx, captures: Sequence[Capture]) -> list[Verdict | HoldfastError]:
         """Store verified notices and apply each capture once; answers what became of each.
@@ -103,6 +100,11 @@ class Payments:
     async def end(self, tx: Tx, order_ids: Collection[int]) -> set[int]:
         """End unpaid payment orders; answers the orders that can close, not those paid meanwhile."""
         return await store.end_open(tx, order_ids, self._clock.now_us())
+
+    async def extend(self, tx: Tx, deadlines: Mapping[int, int]) -> dict[int, PaymentRef]:
+        """Let the payment orders of these orders be paid until another instant; answers where they are paid now."""
+        extended = await store.extend(tx, deadlines, self._clock.now_us())
+        return {payment.order_id: self._reference(payment) for payment in extended}
 
     async def accept(self, tx: Tx, payment_ids: Collection[int]) -> None:
         """Take note that these payments have paid their orders: they need not be told again."""
@@ -169,6 +171,9 @@ class Payments:
             if payment.captured_us is not None
         ]
         await self._outbox.add_all(tx, drafts)
+
+    def _reference(self, payment: PaymentOrder) -> PaymentRef:
+        return PaymentRef(id=str(payment.id), provider=payment.provider, pay_url=self._provider.pay_url(payment))
 
     def _notice_row(self, capture: Capture, verdict: Verdict) -> dict[str, object]:
         if verdict in PARKED:

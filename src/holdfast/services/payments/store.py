@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -220,6 +220,16 @@ async def mark_succeeded(tx: Tx, captures: Sequence[Capture], now_us: int) -> No
 async def end_open(tx: Tx, order_ids: Collection[int], now_us: int) -> set[int]:
     """End the payment orders of these orders unless money was captured; answers the orders whose payment is ended."""
     return {row.order_id for row in await _END_OPEN.rows(tx, order_ids=sorted(order_ids), now_us=now_us)}
+
+
+async def extend(tx: Tx, deadlines: Mapping[int, int], now_us: int) -> list[PaymentOrder]:
+    """Let unpaid payment orders be paid until another instant; answers them as they are then."""
+    for order_id, pay_by_us in sorted(deadlines.items()):
+        await tx.execute(
+            update(payments).where(payments.c.order_id == order_id).values(pay_by_us=pay_by_us, changed_us=now_us)
+        )
+    found = await tx.execute(select(*_FIELDS).where(payments.c.order_id.in_(deadlines)))
+    return [_payment(row) for row in found]
 
 
 async def finish_refunds(tx: Tx, refund_ids: Collection[int], now_us: int) -> list[tuple[int, int]]:

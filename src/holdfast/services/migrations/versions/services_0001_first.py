@@ -11,6 +11,15 @@ depends_on = None
 
 def upgrade() -> None:
     op.create_table(
+        "cart_item",
+        sa.Column("buyer", sa.Text(), nullable=False),
+        sa.Column("sku", sa.Text(), nullable=False),
+        sa.Column("quantity", sa.BigInteger(), nullable=False),
+        sa.Column("changed_us", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint("quantity > 0", name=op.f("ck_cart_item_quantity")),
+        sa.PrimaryKeyConstraint("buyer", "sku", name=op.f("pk_cart_item")),
+    )
+    op.create_table(
         "order_line",
         sa.Column("order_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("line_no", sa.Integer(), autoincrement=False, nullable=False),
@@ -27,6 +36,7 @@ def upgrade() -> None:
         sa.Column("from_status", sa.Text(), nullable=True),
         sa.Column("to_status", sa.Text(), nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("note", sa.Text(), nullable=False),
         sa.Column("at_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_order_log")),
         sa.UniqueConstraint("order_id", "to_status", name="uq_order_log_order_id_to_status"),
@@ -40,13 +50,30 @@ def upgrade() -> None:
         sa.Column("currency", sa.Text(), nullable=False),
         sa.Column("payment", sa.Text(), nullable=False),
         sa.Column("pay_by_us", sa.BigInteger(), nullable=False),
+        sa.Column("refunded_minor", sa.BigInteger(), nullable=False),
+        sa.Column("tracking", sa.Text(), nullable=True),
+        sa.Column("complete_by_us", sa.BigInteger(), nullable=True),
         sa.Column("created_us", sa.BigInteger(), nullable=False),
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
         sa.CheckConstraint(
-            "status IN ('pending_payment', 'paid', 'cancelled', 'closed')", name=op.f("ck_order_order_status")
+            "status IN ('pending_payment', 'paid', 'shipped', 'completed', 'cancelled', 'closed', 'refunding', "
+            "'refunded')",
+            name=op.f("ck_order_order_status"),
         ),
         sa.CheckConstraint("amount_minor >= 0", name=op.f("ck_order_order_amount")),
+        sa.CheckConstraint(
+            "0 <= refunded_minor AND refunded_minor <= amount_minor", name=op.f("ck_order_order_refunded")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_order_order")),
+    )
+    op.create_index("ix_order_order_buyer", "order_order", ["buyer", "id"], unique=False)
+    op.create_index(
+        "ix_order_order_arriving",
+        "order_order",
+        ["complete_by_us"],
+        unique=False,
+        sqlite_where=sa.text("status = 'shipped'"),
+        postgresql_where=sa.text("status = 'shipped'"),
     )
     op.create_index(
         "ix_order_order_due",
@@ -185,6 +212,9 @@ def upgrade() -> None:
         sa.Column("title", sa.Text(), nullable=False),
         sa.Column("price_minor", sa.BigInteger(), nullable=False),
         sa.Column("currency", sa.Text(), nullable=False),
+        sa.Column("order_max", sa.BigInteger(), nullable=True),
+        sa.Column("buyer_max", sa.BigInteger(), nullable=True),
+        sa.Column("time_out_ms", sa.BigInteger(), nullable=True),
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
         sa.CheckConstraint("price_minor >= 0", name=op.f("ck_stock_sku_price")),
         sa.PrimaryKeyConstraint("sku", name=op.f("pk_stock_sku")),
@@ -266,6 +296,14 @@ def downgrade() -> None:
         sqlite_where=sa.text("status = 'pending_payment'"),
         postgresql_where=sa.text("status = 'pending_payment'"),
     )
+    op.drop_index(
+        "ix_order_order_arriving",
+        table_name="order_order",
+        sqlite_where=sa.text("status = 'shipped'"),
+        postgresql_where=sa.text("status = 'shipped'"),
+    )
+    op.drop_index("ix_order_order_buyer", table_name="order_order")
     op.drop_table("order_order")
     op.drop_table("order_log")
     op.drop_table("order_line")
+    op.drop_table("cart_item")
