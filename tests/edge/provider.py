@@ -39,13 +39,15 @@ class ProviderDesk:
 
 
 @asynccontextmanager
-async def provider_at(clock: Clock, notify_url: str = NOWHERE) -> AsyncIterator[ProviderDesk]:
-    """Serve a sandbox provider of the quick settings' secret on a free port."""
+async def provider_at(clock: Clock, *, port: int = 0, book_url: str = "sqlite://") -> AsyncIterator[ProviderDesk]:
+    """Serve a sandbox provider of the quick settings' secret, on a free port unless told which."""
     payments = quick_settings("sqlite://").payments
-    given = Given(secret=payments.sandbox_secret, merchant_id=payments.merchant_id, notify_url=notify_url)
+    given = Given(
+        secret=payments.sandbox_secret, merchant_id=payments.merchant_id, notify_url=NOWHERE, book_url=book_url
+    )
     async with (
         providing(clock, given) as server,
-        listening_on(server.app, HttpSettings(port=0), SystemClock(), 1) as url,
+        listening_on(server.app, HttpSettings(port=port), SystemClock(), 1) as url,
         httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client,
     ):
         yield ProviderDesk(server, url, client)
