@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib import import_module
+from typing import Any, cast
 
 import msgspec
 from sqlalchemy import text
@@ -40,14 +42,17 @@ from holdfast.services.orders.service import OrderService
 from holdfast.services.orders.transitions import Transitions
 from holdfast.services.payments import listeners as payment_listeners
 from holdfast.services.payments.actions import Payments
-from holdfast.services.payments.sandbox import Sandbox
-from holdfast.services.payments.service import PaymentService
+from holdfast.services.payments.needs import Provider
+from holdfast.services.payments.sandbox import NAME as SANDBOX
+from holdfast.services.payments.sandbox import SECRET_CHARS_MIN, Sandbox
+from holdfast.services.payments.sandbox_book import SandboxBook
+from holdfast.services.payments.service import PaymentService, UnknownProvider
 from holdfast.services.schema import HISTORY as SERVICES_HISTORY
 from holdfast.services.stock import listeners as stock_listeners
 from holdfast.services.stock.actions import Stock
 from holdfast.services.stock.service import StockService
 from holdfast.services.sweeper import Sweeper
-from holdfast.settings import DatabaseSettings, MessagingSettings, Settings
+from holdfast.settings import DatabaseSettings, MessagingSettings, PaymentsSettings, Settings
 
 HISTORIES = (MESSAGING_HISTORY, SERVICES_HISTORY)
 
@@ -65,7 +70,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     carts: CartService
     stock: StockService
     payments: PaymentService
-    sandbox: Sandbox
+    providers: Mapping[str, Provider]
     listens: tuple[Listen, ...]
     sweepers: list[Sweeper]
 
@@ -79,6 +84,14 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
             self.listen(listen)
         for sweeper in self.sweepers:
             sweeper.start()
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """The sandbox within this process; raises `UnknownProvider` when it is not switched on, or elsewhere."""
+        provider = self.providers.get(SANDBOX)
+        if not isinstance(provider, Sandbox):
+            raise UnknownProvider("the sandbox is not within this process")
+        return provider
 
     @property
     def group(self) -> GroupCommit:
@@ -142,20 +155,25 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         )
         group, ids, outbox = bus.group, bus.ids, bus.outbox
         stock_group = await stack.enter_async_context(_stock_writer(database, group, clock, settings.database))
-        sandbox = _sandbox(settings, group, clock)
-        payments = Payments(clock, ids, outbox, sandbox, settings.payments.merchant_id)
-        payment_service = PaymentService(database, group, payments, sandbox, clock)
+        providers = _providers(settings, database, group, clock, stack)
+        payments = Payments(clock, ids, outbox, providers, settings.payments.provider)
         stock = Stock(clock, ids, outbox)
-        carts = Carts(clock)
-        orders = _orders(
+        carts, moves = Carts(clock), Moves(clock, ids)
+        transitions = Transitions(clock, moves, outbox, payments, settings.orders.extend_ms_max)
+        payment_service = PaymentService(database, group, payments, providers, transitions, clock)
+        place = PlaceOrders(
+            clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments, carts=carts
+        )
+        orders = OrderService(
             database,
-            (stock_group, group),
-            settings,
-            bus,
-            stock=stock,
-            payments=payments,
-            cashier=payment_service,
-            carts=carts,
+            stock_group,
+            group,
+            place,
+            transitions,
+            Fulfilment(clock, outbox, moves, settings.orders.complete_ms),
+            payment_service,
+            clock,
+            settings.orders,
         )
         stock_service = StockService(database, stock_group, stock, orders, clock)
         listens = (
@@ -173,7 +191,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             carts=CartService(database, group, carts),
             stock=stock_service,
             payments=payment_service,
-            sandbox=sandbox,
+            providers=providers,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
             sweepers=_sweepers(orders, stock_service, payment_service, settings, clock),
         )
@@ -209,36 +227,55 @@ async def _stock_writer(
         await writer.close()
 
 
-def _orders(
-    database: Database,
-    groups: tuple[GroupCommit, GroupCommit],
-    settings: Settings,
-    bus: Messaging,
-    *,
-    stock: Stock,
-    payments: Payments,
-    cashier: PaymentService,
-    carts: Carts,
-) -> OrderService:
-    """Orders with their verbs; `groups` are the writer that owns the stock rows, and the other."""
-    clock, outbox, rules = bus.clock, bus.outbox, settings.orders
-    moves = Moves(clock, bus.ids)
-    place = PlaceOrders(clock, bus.ids, outbox, rules, catalogue=stock, stock=stock, payments=payments, carts=carts)
-    transitions = Transitions(clock, moves, outbox, payments, rules.extend_ms_max)
-    fulfilment = Fulfilment(clock, outbox, moves, rules.complete_ms)
-    return OrderService(database, *groups, place, transitions, fulfilment, cashier, clock, rules)
-
-
-def _sandbox(settings: Settings, group: GroupCommit, clock: Clock) -> Sandbox:
-    secret = settings.payments.sandbox_secret.reveal()
-    if not settings.payments.sandbox:
+def _providers(
+    settings: Settings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
+) -> dict[str, Provider]:
+    """Every configured provider by its name, the chosen one among them."""
+    providers: dict[str, Provider] = {}
+    if settings.payments.sandbox:
+        providers[SANDBOX] = _sandbox(settings.payments, database, group, clock, stack)
+    if not providers:
         raise InvalidSettings(
-            "no payment provider is configured; this version has the sandbox only: set "
+            "no payment provider is configured; to try things out, set "
             "HOLDFAST_PAYMENTS__SANDBOX=true and HOLDFAST_PAYMENTS__SANDBOX_SECRET"
         )
-    if len(secret) < 16:
-        raise InvalidSettings("HOLDFAST_PAYMENTS__SANDBOX_SECRET needs at least 16 characters")
-    return Sandbox(group, clock, secret, settings.payments.merchant_id, settings.payments.notice_tolerance_ms)
+    if settings.payments.provider not in providers:
+        raise InvalidSettings(
+            f"HOLDFAST_PAYMENTS__PROVIDER: {settings.payments.provider!r} is not configured; "
+            f"configured: {', '.join(sorted(providers))}"
+        )
+    return providers
+
+
+def _sandbox(
+    settings: PaymentsSettings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
+) -> Provider:
+    secret = settings.sandbox_secret.reveal()
+    if len(secret) < SECRET_CHARS_MIN:
+        raise InvalidSettings(f"HOLDFAST_PAYMENTS__SANDBOX_SECRET needs at least {SECRET_CHARS_MIN} characters")
+    if settings.sandbox_url:
+        remote = _over_http("sandbox_remote").SandboxRemote(
+            settings.sandbox_url,
+            clock,
+            secret,
+            settings.merchant_id,
+            settings.notice_tolerance_ms,
+            settings.call_timeout_ms,
+        )
+        stack.push_async_callback(remote.aclose)
+        return cast(Provider, remote)
+    book = SandboxBook(database, group, clock)
+    return Sandbox(book, clock, secret, settings.merchant_id, settings.notice_tolerance_ms)
+
+
+def _over_http(module: str) -> Any:
+    """A provider's module that needs the HTTP client of the `server` extra; the bare install does without it."""
+    try:
+        return import_module(f"holdfast.services.payments.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("holdfast"):
+            raise
+        raise InvalidSettings(f"this payment provider needs {error.name}; pip install 'holdfast[server]'") from error
 
 
 def _tuned(listen: Listen, settings: MessagingSettings) -> Listen:
@@ -260,10 +297,11 @@ def _sweepers(
     orders: OrderService, stock: StockService, payments: PaymentService, settings: Settings, clock: Clock
 ) -> list[Sweeper]:
     """The guards; each looks for what is late by one of its intervals, since messages should have come by then."""
-    of_orders, of_payments = settings.orders.sweep_ms, settings.payments.sweep_ms
+    of_orders, of_payments, poll_ms = settings.orders.sweep_ms, settings.payments.sweep_ms, settings.payments.poll_ms
     return [
         Sweeper("orders", of_orders, lambda: orders.sweep(of_orders), clock),
         Sweeper("arrivals", of_orders, orders.sweep_arriving, clock),
         Sweeper("stock", of_orders, lambda: stock.sweep(of_orders), clock),
         Sweeper("payments", of_payments, lambda: payments.sweep(of_payments), clock),
+        Sweeper("poll", poll_ms, lambda: payments.poll(poll_ms), clock),
     ]

@@ -34,6 +34,7 @@ from holdfast.services.orders.model import (
 _ID = re.compile(r"[1-9][0-9]{0,18}")
 ID_MAX = 2**63 - 1
 PLACE_PATH = "/v1/orders"
+CONFIRMING = "confirming"
 
 
 READ, WRITE = "orders:read", "orders:write"
@@ -91,10 +92,25 @@ def placing(system: System, tokens: Tokens) -> Handler:
     return place
 
 
+class OrderShown(OrderView, frozen=True, kw_only=True, rename="camel"):
+    """An order as its buyer sees it; `confirming` while its money is captured and the order not yet marked paid."""
+
+    status: str  # type: ignore[assignment]  # one word more than an order's own states
+
+
 @get("/orders/{order_id:str}", summary="Read an order")
-async def read(order_id: FromPath[str], caller: NamedDependency[Caller], system: NamedDependency[System]) -> OrderView:
-    """The caller's own order, or anybody's with the scope orders:read; another's does not exist for a buyer."""
-    return await system.orders.get(parse_id(order_id), _owner(caller, READ))
+async def read(
+    order_id: FromPath[str], caller: NamedDependency[Caller], system: NamedDependency[System]
+) -> OrderView | OrderShown:
+    """The caller's own order, or anybody's with the scope orders:read; another's does not exist for a buyer.
+
+    A payer never reads that he has not paid.
+    """
+    view = await system.orders.get(parse_id(order_id), _owner(caller, READ))
+    if view.status is not OrderStatus.PENDING_PAYMENT or not await system.payments.captured(int(view.id)):
+        return view
+    payment = msgspec.structs.replace(view.payment, pay_url=None)
+    return OrderShown(**msgspec.structs.asdict(view) | {"status": CONFIRMING, "payment": payment})
 
 
 @get("/orders", summary="List orders")
