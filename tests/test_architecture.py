@@ -50,13 +50,25 @@ SERVICE_RANKS: dict[str, int] = {
     "actions": 2,
     "sandbox_book": 2,
     "sandbox": 3,
+    "alipay_signing": 1,
+    "alipay_wire": 2,
+    "alipay_account": 2,
+    "alipay_bill": 3,
+    "alipay": 4,
     "transitions": 3,
     "service": 4,
     "listeners": 5,
 }
 """Inside a service a module imports only modules of a lower rank; a new kind of module needs a rank here."""
 
-LAZY_IMPORTERS = frozenset({"holdfast.messaging.transports.registry", "holdfast.edge.cli", "holdfast.edge.queues_cli"})
+LAZY_IMPORTERS = frozenset(
+    {
+        "holdfast.messaging.transports.registry",
+        "holdfast.bootstrap",
+        "holdfast.edge.cli",
+        "holdfast.edge.queues_cli",
+    }
+)
 """Who may call import_module: libraries of an extra stay optional, and a user may name a module of his own."""
 
 CLOCK_MODULES = ("holdfast.clock", "holdfast.deadline")

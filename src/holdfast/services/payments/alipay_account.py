@@ -39,13 +39,6 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
         return self.gateway.startswith("https:")
 
 
-def wanted(settings: PaymentsSettings) -> bool:
-    """Whether anything of Alipay is set; then all that it needs must be."""
-    texts = (settings.alipay_app_id, settings.alipay_seller_id, settings.alipay_notify_url)
-    keys = (settings.alipay_private_key_file, settings.alipay_public_key, settings.alipay_public_key_file)
-    return any((*texts, *keys, settings.alipay_private_key.reveal()))
-
-
 def read_account(settings: PaymentsSettings, time_out_ms: int) -> Account:
     """Check what is set and read the keys; raises `InvalidSettings` that says what to do."""
     if not re.fullmatch(r"\d{8,32}", settings.alipay_app_id, re.ASCII):

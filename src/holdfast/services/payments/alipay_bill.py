@@ -9,6 +9,7 @@ import csv
 import io
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
@@ -27,7 +28,8 @@ _REQUEST_NO = "退款批次号/请求号"
 _COLUMNS = (_TRADE_NO, _OUT_TRADE_NO, _KIND, _DONE_AT, _AMOUNT, _REQUEST_NO)
 _END = "业务明细列表结束"
 _KINDS: dict[str, Literal["capture", "refund"]] = {"交易": "capture", "退款": "refund"}
-_TOTAL = re.compile(r"#(交易|退款)合计[:：](\d+)笔")
+# Colons and brackets are full-width ones in some statements.
+_TOTAL = re.compile(r"#(交易|退款)合计[:\uff1a](\d+)笔")
 
 
 class Unreadable(ValueError):
@@ -41,7 +43,7 @@ def read_bill(archive: bytes) -> list[StatementLine]:
             if sum(member.file_size for member in opened.infolist()) > FILE_BYTES_MAX:
                 raise Unreadable("the statement is too large")
             texts = [opened.read(member).decode("gb18030") for member in opened.infolist()]
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError) as error:
         raise Unreadable(f"the statement is damaged: {type(error).__name__}") from None
     # The other file sums up by shop and counts orders; it has other columns.
     details = [text for text in texts if _TRADE_NO in text and _REQUEST_NO in text]
@@ -56,7 +58,7 @@ def _lines(text: str) -> Iterator[StatementLine]:
         raise Unreadable("the statement is cut off")
     rows = csv.reader(line for line in text.split("\n") if line.strip() and not line.startswith("#"))
     try:
-        header = [re.sub(r"[(（]元[)）]", "", name.strip()) for name in next(rows, [])]
+        header = [re.sub(r"[(\uff08]元[)\uff09]", "", name.strip()) for name in next(rows, [])]
         places = {name: header.index(name) for name in _COLUMNS}
         counted: Counter[str] = Counter()
         for row in rows:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
-from typing import Annotated
 from urllib.parse import parse_qsl
 
 import msgspec
-from msgspec import Meta
 
 from holdfast.clock import US_PER_S, microseconds
 from holdfast.errors import InvalidInput
@@ -215,7 +213,7 @@ def plain(amount: Decimal | None) -> str:
 
 class _Facts(msgspec.Struct):
     event_id: Token
-    trade_no: Annotated[Token, Meta(max_length=64)]
+    trade_no: Token
     currency: Currency
 
 
