@@ -54,6 +54,7 @@ from holdfast.services.stock.service import StockService
 from holdfast.services.sweeper import Sweeper
 from holdfast.settings import DatabaseSettings, MessagingSettings, PaymentsSettings, Settings
 
+ALIPAY = "alipay"
 HISTORIES = (MESSAGING_HISTORY, SERVICES_HISTORY)
 
 log = observe.logger("bootstrap")
@@ -155,7 +156,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         )
         group, ids, outbox = bus.group, bus.ids, bus.outbox
         stock_group = await stack.enter_async_context(_stock_writer(database, group, clock, settings.database))
-        providers = _providers(settings, database, group, clock, stack)
+        providers = await _providers(settings, database, group, clock, stack)
         payments = Payments(clock, ids, outbox, providers, settings.payments.provider)
         stock = Stock(clock, ids, outbox)
         carts, moves = Carts(clock), Moves(clock, ids)
@@ -227,16 +228,19 @@ async def _stock_writer(
         await writer.close()
 
 
-def _providers(
+async def _providers(
     settings: Settings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
 ) -> dict[str, Provider]:
     """Every configured provider by its name, the chosen one among them."""
     providers: dict[str, Provider] = {}
     if settings.payments.sandbox:
         providers[SANDBOX] = _sandbox(settings.payments, database, group, clock, stack)
+    if settings.payments.alipay_app_id or settings.payments.provider == ALIPAY:
+        opened = _over_http("alipay").opened(settings.payments, settings.orders.time_out_ms, clock)
+        providers[ALIPAY] = await stack.enter_async_context(opened)
     if not providers:
         raise InvalidSettings(
-            "no payment provider is configured; to try things out, set "
+            "no payment provider is configured; set HOLDFAST_PAYMENTS__PROVIDER and its keys or, to try things out, "
             "HOLDFAST_PAYMENTS__SANDBOX=true and HOLDFAST_PAYMENTS__SANDBOX_SECRET"
         )
     if settings.payments.provider not in providers:

@@ -18,6 +18,11 @@ _NODE_COUNT = 1 << NODE_BITS
 _SCATTER_BITS = SEQUENCE_BITS + NODE_BITS
 
 
+def created_ms(row_id: int) -> int:
+    """The millisecond since 1970 in which an id was drawn, by the clock of its source."""
+    return (row_id >> _SCATTER_BITS) + EPOCH_MS
+
+
 class IdSource:
     """Positive 64-bit integers that grow with time: 41 bits milliseconds, 12 bits sequence, 10 bits node.
 

@@ -117,6 +117,17 @@ class PaymentsSettings(Section, frozen=True, kw_only=True):
     notice_tolerance_ms: Milliseconds = 300_000  # age at which a signed notice counts as a replay
     sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # refunds asked for again
     poll_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 20_000  # providers asked about payments unpaid for so long
+    alipay_app_id: str = ""  # switches Alipay on: the app's id at open.alipay.com
+    alipay_seller_id: str = ""  # the merchant's account there, 16 digits from 2088 on
+    alipay_private_key: Secret = Secret("")  # the app's private key for RSA2, PEM or base64
+    alipay_private_key_file: str = ""  # or the file that holds it
+    alipay_public_key: str = ""  # Alipay's public key for this app, PEM or base64
+    alipay_public_key_file: str = ""  # or the file that holds it
+    alipay_gateway: str = "https://openapi.alipay.com/gateway.do"  # another for Alipay's sandbox
+    alipay_notify_url: str = ""  # this shop's public address, followed by /v1/notices/alipay
+    alipay_return_url: str = ""  # where the buyer's browser goes after paying
+    alipay_subject: str = "Order"  # what the buyer reads, before the order's number
+    alipay_timeout_ms: Annotated[int, Meta(ge=100, le=60_000)] = 10_000  # then the outcome of a call is unknown
 
 
 class HttpSettings(Section, frozen=True, kw_only=True):

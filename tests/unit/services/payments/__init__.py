@@ -1,0 +1,1 @@
+"""Rules of payments and their providers, without I/O."""
