@@ -121,7 +121,7 @@ class Signing:
         try:
             notice = msgspec.json.decode(raw, type=Notice)
             return Capture(
-                provider=NAME,
+                provider=self.name,
                 event_id=notice.event_id,
                 merchant_id=notice.merchant_id,
                 payment_id=_row_id(notice.payment_id),
@@ -141,7 +141,7 @@ class Signing:
         if trade.status == "closed":
             return TradeAnswer(end=TradeEnd.CLOSED)
         capture = Capture(
-            provider=NAME,
+            provider=self.name,
             event_id=f"query-{trade.trade_no}",
             merchant_id=self.merchant_id,
             payment_id=trade.payment_id,
