@@ -28,9 +28,10 @@ from holdfast.services.payments import actions, store
 from holdfast.services.payments.model import PaymentOrder, Verdict
 from holdfast.services.payments.needs import ForgedNotice
 from holdfast.services.payments.sandbox import SIGNATURE_HEADER, asked_of
+from holdfast.services.payments.service import UnknownProvider
 from holdfast.services.stock.model import DEDUCTED
 from holdfast.settings import Settings
-from tests.conftest import StartSystem
+from tests.conftest import StartSystem, eventually
 from tests.edge import counter as edge
 from tests.edge.counter import facing, refused, settings_on
 from tests.edge.provider import asking, provider_at
@@ -75,7 +76,7 @@ async def became(system: System, clock: ManualClock, view: OrderView, wanted: Or
     async def reached() -> bool:
         return await status(system, view, buyer) is wanted
 
-    await in_time(clock, reached, f"{buyer}'s order becomes {wanted}")
+    await in_time(clock, reached, f"{buyer}'s order becomes {wanted}", within_s=300)
 
 
 async def test_G8_close_trade_at_provider(start_system: StartSystem, settings: Settings) -> None:
@@ -156,6 +157,10 @@ async def test_G9_a_forged_notice_changes_nothing(start_system: StartSystem) -> 
     for body, signature in ((richer, notice.signature), (notice.body, notice.signature[:-1] + "g"), (notice.body, "")):
         with pytest.raises(ForgedNotice):
             await system.payments.notice("sandbox", {SIGNATURE_HEADER: signature}, body.encode())
+    with pytest.raises(ForgedNotice):  # no database stores it
+        await deliver(system, signed_notice(system, view, system.clock.now_us(), merchant_id="holdfast\0demo"))
+    with pytest.raises(UnknownProvider):
+        await system.payments.notice("stranger", {SIGNATURE_HEADER: notice.signature}, notice.body.encode())
     assert await count(system, "SELECT event_id FROM payment_notice") == 0
     assert await status(system, view) is OrderStatus.PENDING_PAYMENT
 
@@ -250,6 +255,14 @@ async def test_G9_a_notice_whose_judging_fails_is_kept_and_judged_again(
     assert await count(system, "SELECT id FROM payment_order WHERE status = 3") == 1
 
 
+async def guarded(system: System, clock: ManualClock) -> None:
+    """Start the sweepers, and no listener: every message is lost. Then let one period of asking providers pass."""
+    for sweeper in system.sweepers:
+        sweeper.start()
+    await asyncio.sleep(0)  # they begin to wait
+    clock.advance(system.settings.payments.poll_ms / 1_000)
+
+
 async def test_H20_reconcile_job(start_system: StartSystem) -> None:
     clock = ManualClock(NOON_US)
     system = await start_system(work=False, clock=clock)
@@ -257,39 +270,41 @@ async def test_H20_reconcile_job(start_system: StartSystem) -> None:
     buyers = [f"buyer-{number}" for number in range(10)]
     views = [await order(system, buyer) for buyer in buyers]
     unpaid = await order(system, "nobody")
-    for sweeper in system.sweepers:  # and no listener: every message is lost
-        sweeper.start()
     for view, buyer in zip(views, buyers, strict=True):
         await pay_at_sandbox(system, view)  # and every notice is lost
         assert await status(system, view, buyer) is OrderStatus.PENDING_PAYMENT
+    clock.advance(1)
+
+    await guarded(system, clock)
 
     async def all_paid() -> bool:
         return {await status(system, view, buyer) for view, buyer in zip(views, buyers, strict=True)} == {
             OrderStatus.PAID
         }
 
-    await in_time(clock, all_paid, "every paid order becomes paid", within_s=41, step_s=1)
+    await eventually(all_paid, "within one period every paid order is paid")
     assert await status(system, unpaid, "nobody") is OrderStatus.PENDING_PAYMENT
 
     async def all_sold() -> bool:
         return (await level(system)).sold == 10
 
-    await in_time(clock, all_sold, "their units are sold", within_s=20, step_s=1)
+    await in_time(clock, all_sold, "their units are sold")
 
 
-async def test_H20_without_any_message_an_order_is_paid_within_one_period(start_system: StartSystem) -> None:
+async def test_H20_an_order_whose_messages_are_lost_is_paid_within_one_period(start_system: StartSystem) -> None:
     clock = ManualClock(NOON_US)
     system = await start_system(work=False, clock=clock)
     await stock_up(system, "SKU-1", 1)
-    for sweeper in system.sweepers:
-        sweeper.start()
     view = await order(system)
     await deliver(system, await pay_at_sandbox(system, view))
+    assert await status(system, view) is OrderStatus.PENDING_PAYMENT
+
+    await guarded(system, clock)
 
     async def paid() -> bool:
         return await status(system, view) is OrderStatus.PAID
 
-    await in_time(clock, paid, "the order becomes paid", within_s=21, step_s=1)
+    await eventually(paid, "the order is paid")
 
 
 async def test_H20_money_that_came_too_late_is_not_taken_for_the_order(start_system: StartSystem) -> None:
@@ -410,7 +425,7 @@ async def test_H28_delay_listener_branches(start_system: StartSystem) -> None:
     async def stopped() -> bool:
         return await drained(system, topology.ORDER_DUE_QUEUE)
 
-    await in_time(clock, stopped, "the messages are handled", within_s=1, step_s=0.01)
+    await eventually(stopped, "the messages are handled")
     clock.advance(60)
     await became(system, clock, captured, OrderStatus.PAID, "bob")
     await became(system, clock, unpaid, OrderStatus.CLOSED, "cid")

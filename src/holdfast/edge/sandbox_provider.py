@@ -30,11 +30,12 @@ from holdfast.edge.server import listening_on, stop_event
 from holdfast.errors import HoldfastError, InvalidSettings
 from holdfast.services.payments.sandbox import SECRET_CHARS_MIN, SIGNATURE_HEADER, Signing
 from holdfast.services.payments.sandbox_book import Asked, PayLink, RefundWish, SandboxBook, Trade, TradeClosed
-from holdfast.services.payments.sandbox_remote import PATH, DayAsked, StatementFound, TradeFound
+from holdfast.services.payments.sandbox_remote import PATH, DayAsked, StatementFound, TradeFound, is_address
 from holdfast.settings import DatabaseSettings, HttpSettings, Secret
 
 TOLERANCE_MS = 300_000
 NOTICE_TIMEOUT_S = 5.0
+WITHOUT_CENTS = frozenset({"CLP", "ISK", "JPY", "KRW", "PYG", "UGX", "VND", "XAF", "XOF", "XPF"})
 NOTICE_AGAIN_S = (1, 5, 30, 120, 600, 3_600)  # a notice that was not answered with `success` is sent again after these
 
 W = TypeVar("W", bound=msgspec.Struct)
@@ -148,7 +149,7 @@ class ProviderServer:
         over = self._clock.now_us() >= link.pay_by_us
         state = trade.status if trade is not None else "over" if over else "open"
         return {
-            "amount": f"{link.amount_minor // 100}.{link.amount_minor % 100:02}",
+            "amount": _money(link.amount_minor, link.currency),
             "currency": link.currency,
             "payment": str(link.payment_id),
             "until": rfc3339(link.pay_by_us),
@@ -202,10 +203,12 @@ class Given(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.asynccontextmanager
 async def providing(clock: Clock, given: Given) -> AsyncIterator[ProviderServer]:
-    """The server's parts over a book of its own; raises `InvalidSettings` for a secret that is too short."""
+    """The server's parts over a book of its own; raises `InvalidSettings` for a secret or address that will not do."""
     secret = given.secret.reveal()
     if len(secret) < SECRET_CHARS_MIN:
         raise InvalidSettings(f"the sandbox's secret needs at least {SECRET_CHARS_MIN} characters")
+    if not is_address(given.notify_url):
+        raise InvalidSettings(f"--notify-url {given.notify_url!r} is no address; write http://host:port/path")
     database = await connect(DatabaseSettings(url=given.book_url))
     group = GroupCommit(database, clock, name="sandbox")
     book = SandboxBook(database, group, clock)
@@ -247,6 +250,12 @@ _STYLE = (
     "margin-top:1.5rem;font:inherit;font-weight:600;color:#fff;background:#2563eb;cursor:pointer}"
     "p{margin:1.5rem 0 0;font-weight:600}"
 )
+
+
+def _money(amount_minor: int, currency: str) -> str:
+    if currency in WITHOUT_CENTS:
+        return f"{amount_minor:,}"
+    return f"{amount_minor // 100:,}.{amount_minor % 100:02}"
 
 
 def _page(shown: dict[str, str]) -> Response[str]:

@@ -12,7 +12,7 @@ import msgspec
 
 from holdfast import observe
 from holdfast.clock import Clock
-from holdfast.errors import Unavailable
+from holdfast.errors import InvalidSettings, Unavailable
 from holdfast.services.contracts.values import TradeEnd
 from holdfast.services.payments.model import PaymentOrder
 from holdfast.services.payments.needs import ForgedNotice, RefundAnswer, RefundEnd, StatementLine, TradeAnswer
@@ -51,6 +51,8 @@ class SandboxRemote(Signing):
     def __init__(
         self, url: str, clock: Clock, secret: str, merchant_id: str, tolerance_ms: int, timeout_ms: int
     ) -> None:
+        if not is_address(url):
+            raise InvalidSettings(f"HOLDFAST_PAYMENTS__SANDBOX_URL: {url!r} is no address; write http://host:port")
         super().__init__(clock, secret, merchant_id, tolerance_ms, page=f"{url.rstrip('/')}/pay")
         self._timeout_s = timeout_ms / 1_000
         limits = httpx.Limits(max_connections=CONNECTIONS_MAX)
@@ -93,3 +95,12 @@ class SandboxRemote(Signing):
         except (httpx.HTTPError, TimeoutError, msgspec.DecodeError, ForgedNotice) as error:
             log.warning("provider_unknown", provider=self.name, verb=verb, error=repr(error)[:300])
             return None
+
+
+def is_address(url: str) -> bool:
+    """Whether requests can be sent there."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
