@@ -184,7 +184,18 @@ def run_example(path: Path, folder: Path, *arguments: str) -> set[str]:
     return {line for line in TOLD[path.name] if line in done.stdout}
 
 
-EXTRAS = ["asyncpg", "cryptography", "httptools", "httpx", "jwt", "litestar", "uvicorn", "uvloop", "zstandard", "psycopg"]
+EXTRAS = [
+    "asyncpg",
+    "cryptography",
+    "httptools",
+    "httpx",
+    "jwt",
+    "litestar",
+    "uvicorn",
+    "uvloop",
+    "zstandard",
+    "psycopg",
+]
 
 BARE = """
 import runpy, sys
