@@ -263,7 +263,7 @@ MESSAGES = (
         name="messages.unsent",
         promise="no message is due and undelivered",
         query="""SELECT id AS row_id, queue, type, message_id, attempt, due_us FROM hf_message
-                 WHERE due_us < :now_us - :slack_us""",
+                 WHERE coalesce(expires_us, due_us) < :now_us - :slack_us""",  # one with a time to live may wait for it
     ),
     Check(
         name="messages.parked",
@@ -290,7 +290,8 @@ FIGURES = """
     UNION ALL SELECT 'units total', coalesce(sum(total), 0) FROM stock_level
     UNION ALL SELECT 'captured minor', coalesce(sum(captured_minor), 0) FROM payment_order
     UNION ALL SELECT 'refunded minor', coalesce(sum(refunded_minor), 0) FROM payment_order
-    UNION ALL SELECT 'messages waiting', count(*) FROM hf_message
+    UNION ALL SELECT 'messages waiting', count(*) FROM hf_message WHERE expires_us IS NULL
+    UNION ALL SELECT 'messages guarding', count(*) FROM hf_message WHERE expires_us IS NOT NULL
     UNION ALL SELECT 'messages parked', count(*) FROM hf_parked WHERE state = 'parked'
 """
 

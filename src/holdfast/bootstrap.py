@@ -28,7 +28,7 @@ from holdfast.messaging.tables import HISTORY as MESSAGING_HISTORY
 from holdfast.messaging.toolkit import Messaging, open_messaging
 from holdfast.messaging.transports.sql.transport import SqlTransport
 from holdfast.services.contracts.events import TYPES
-from holdfast.services.contracts.topology import TOPOLOGY
+from holdfast.services.contracts.topology import topology
 from holdfast.services.orders import listeners as order_listeners
 from holdfast.services.orders.place import PlaceOrders
 from holdfast.services.orders.service import OrderService
@@ -131,7 +131,12 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         await require_current(database, HISTORIES)
         bus = await stack.enter_async_context(
             open_messaging(
-                database, TYPES, TOPOLOGY, clock=clock, settings=settings.messaging, database_settings=settings.database
+                database,
+                TYPES,
+                topology(settings.stock.guard_ms),
+                clock=clock,
+                settings=settings.messaging,
+                database_settings=settings.database,
             )
         )
         group, ids, outbox = bus.group, bus.ids, bus.outbox
@@ -143,10 +148,10 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
         transitions = Transitions(clock, ids, outbox, payments)
         orders = OrderService(database, stock_group, group, place, transitions, payment_service, clock, settings.orders)
-        stock_service = StockService(database, stock_group, stock, orders, clock)
+        stock_service = StockService(database, stock_group, stock, orders, clock, settings.stock)
         listens = (
             *order_listeners.listeners(orders, transitions),
-            *stock_listeners.listeners(stock, stock_group),
+            *stock_listeners.listeners(stock_service, stock, stock_group),
             *payment_listeners.listeners(payments, payment_service),
         )
         system = System(

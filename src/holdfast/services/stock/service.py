@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Database, Tx
 from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import HoldfastError
+from holdfast.services.contracts.events import StockLocked
 from holdfast.services.contracts.values import Fate
 from holdfast.services.stock import store
 from holdfast.services.stock.actions import Stock, UnknownSku
 from holdfast.services.stock.model import Level, Receipt, Sku
 from holdfast.services.stock.needs import Orders
+from holdfast.settings import StockSettings
 
 SWEEP_PAGE = 500
 
@@ -20,12 +22,21 @@ SWEEP_PAGE = 500
 class StockService:
     """One call per question or order of the outside world."""
 
-    def __init__(self, database: Database, group: GroupCommit, stock: Stock, orders: Orders, clock: Clock) -> None:
+    def __init__(
+        self,
+        database: Database,
+        group: GroupCommit,
+        stock: Stock,
+        orders: Orders,
+        clock: Clock,
+        settings: StockSettings,
+    ) -> None:
         self._database = database
         self._group = group
         self._stock = stock
         self._orders = orders
         self._clock = clock
+        self._settings = settings
 
     async def keep_sku(self, sku: Sku) -> Sku:
         """Create a SKU or change its title and price."""
@@ -44,18 +55,42 @@ class StockService:
             raise UnknownSku(f"there is no stock of SKU {sku!r}")
         return found
 
+    async def look_after(self, holds: Collection[StockLocked]) -> set[int]:
+        """Give back what is still held for orders that ended or do not exist; answers the orders that are open.
+
+        A paid order keeps its units: they are deducted by its own message or by the sweeper. Raises what asking for the
+        orders raises; then nothing was given back, since unknown never means ended.
+        """
+        async with self._database.read() as tx:
+            held = await store.still_held(tx, {hold.detail_id for hold in holds})
+        order_ids = {hold.order_id for hold in holds if hold.detail_id in held}
+        if not order_ids:
+            return set()
+        fates = await self._orders.fates(order_ids)
+        ended = sorted(order_id for order_id in order_ids if fates.get(order_id, Fate.ENDED) is Fate.ENDED)
+        if ended:
+            await self._group.submit(self._release, ended)
+        return {order_id for order_id, fate in fates.items() if fate is Fate.OPEN}
+
     async def sweep(self, older_than_ms: int) -> int:
-        """Settle what is held for orders that are paid or ended although no message said so; answers how many."""
-        before_us = self._clock.now_us() - older_than_ms * US_PER_MS
+        """Settle what is held for orders that are paid or ended although no message said so; answers how many.
+
+        What is held for an order that does not exist is given back when it is older than the guard: until then the
+        order may be on its way.
+        """
+        now_us = self._clock.now_us()
+        before_us = now_us - older_than_ms * US_PER_MS
+        strange_us = now_us - self._settings.guard_ms * US_PER_MS
         found = after = 0
         while True:
             async with self._database.read() as tx:
                 page = await store.held_orders(tx, before_us, after, SWEEP_PAGE)
             if not page:
                 return found
-            after = page[-1]
+            after = max(page)
             fates = await self._orders.fates(page)
             ended = [order_id for order_id, fate in fates.items() if fate is Fate.ENDED]
+            ended += [order_id for order_id, held_us in page.items() if order_id not in fates and held_us <= strange_us]
             paid = [order_id for order_id, fate in fates.items() if fate is Fate.PAID]
             if ended:
                 await self._group.submit(self._release, ended)

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     bindparam,
+    func,
     select,
     update,
 )
@@ -162,15 +163,20 @@ _IN_STATE = Prepared(
         .distinct()
     )
 )
+_STILL_HELD = Prepared(
+    lambda dialect: select(details.c.id).where(
+        among(dialect, details.c.id, "detail_ids"), details.c.status == bindparam("held")
+    )
+)
 _HELD_ORDERS = Prepared(
     lambda _: (
-        select(details.c.order_id)
+        select(details.c.order_id, func.max(details.c.changed_us).label("held_us"))
         .where(
             details.c.status == bindparam("held"),
             details.c.changed_us < bindparam("before_us"),
             details.c.order_id > bindparam("after"),
         )
-        .distinct()
+        .group_by(details.c.order_id)
         .order_by(details.c.order_id)
         .limit(bindparam("room", type_=BigInteger))
     )
@@ -205,10 +211,15 @@ async def orders_in_state(tx: Tx, order_ids: Collection[int], state: int) -> set
     return {row.order_id for row in await _IN_STATE.rows(tx, order_ids=sorted(order_ids), state=state)}
 
 
-async def held_orders(tx: Tx, before_us: int, after: int, limit: int) -> list[int]:
-    """Orders with units held since before an instant, in order of id, after the given one."""
+async def still_held(tx: Tx, detail_ids: Collection[int]) -> set[int]:
+    """Those of the details that are held."""
+    return {row.id for row in await _STILL_HELD.rows(tx, detail_ids=sorted(detail_ids), held=HELD)}
+
+
+async def held_orders(tx: Tx, before_us: int, after: int, limit: int) -> dict[int, int]:
+    """Orders with units held since before an instant -> since when, in order of id, after the given one."""
     rows = await _HELD_ORDERS.rows(tx, held=HELD, before_us=before_us, after=after, room=limit)
-    return [row.order_id for row in rows]
+    return {row.order_id: row.held_us for row in rows}
 
 
 async def read_prices(tx: Tx, wanted: Collection[str]) -> dict[str, Price]:
