@@ -99,10 +99,12 @@ STOCK = (
         promise="each work order detail has the ledger entries of its state, and no other",
         query="""SELECT detail.id AS detail_id, detail.status, count(entry.id) AS entries
                  FROM stock_task_detail detail LEFT JOIN stock_ledger entry
-                      ON entry.cause = CAST(detail.id AS TEXT) AND entry.kind <> 'receive'
+                      ON entry.cause = CAST(detail.id AS TEXT)
+                         AND entry.kind IN ('reserve', 'split', 'release', 'deduct')
                  GROUP BY detail.id, detail.status
                  HAVING count(entry.id) <> CASE detail.status WHEN 1 THEN 1 ELSE 2 END
                      OR coalesce(sum(CASE WHEN entry.kind = 'reserve'
+                                            OR (entry.kind = 'split' AND detail.status <> 1)
                                             OR (entry.kind = 'release' AND detail.status = 2)
                                             OR (entry.kind = 'deduct' AND detail.status = 3) THEN 1 END), 0)
                         <> CASE detail.status WHEN 1 THEN 1 ELSE 2 END""",

@@ -22,7 +22,7 @@ from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.orders.model import MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
 from holdfast.services.payments.service import UnknownProvider
-from holdfast.services.stock.actions import UnknownSku
+from holdfast.services.stock.model import UnknownSku
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = "1"

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from holdfast.db.database import Tx
+from holdfast.errors import HoldfastError
 from holdfast.services.contracts.values import Bill, PaymentRef, Price, Shortage, TradeEnd, Wanted
 
 
@@ -20,8 +21,11 @@ class Catalogue(Protocol):
 class Stock(Protocol):
     """Units."""
 
-    async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> Sequence[Shortage | None]:
-        """Hold stock for orders in the given order, each all or nothing; None says that it is held."""
+    async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> Sequence[Shortage | HoldfastError | None]:
+        """Hold stock for orders in the given order, each all or nothing; None says that it is held.
+
+        Safe to repeat with the same lines; an order that was told to give back its stock is refused for good.
+        """
         ...
 
 

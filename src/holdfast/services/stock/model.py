@@ -8,12 +8,37 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from holdfast.errors import HoldfastError, InvalidInput, Refused
 from holdfast.services.contracts.values import Code, Currency, Line, Quantity, Shortage
 
 # States of a work order's detail, with the numbers of the course notes.
 HELD = 1
 RELEASED = 2
 DEDUCTED = 3
+
+
+class UnknownSku(Refused):
+    """There is no such SKU."""
+
+    code = "sku_not_found"
+
+
+class HoldMissing(HoldfastError):
+    """A paid order has no held stock to deduct; a human has to look."""
+
+    code = "hold_missing"
+
+
+class HoldEnded(Refused):
+    """What this order held was given back; its number holds nothing again."""
+
+    code = "hold_ended"
+
+
+class HoldDiffers(Refused):
+    """This order holds other units already."""
+
+    code = "hold_differs"
 
 
 Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+\Z")]
@@ -58,6 +83,21 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
     quantity: int
 
 
+class Hold(msgspec.Struct, frozen=True, kw_only=True):
+    """What an order was given when it asked: units by SKU, and whether all of it was given back since."""
+
+    lines: Mapping[str, int]
+    ended: bool
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """A detail that is held."""
+
+    id: int
+    sku: str
+    quantity: int
+
+
 Shelf = dict[tuple[str, str], int]
 """(SKU, warehouse) -> units available; in the order in which warehouses are drawn upon."""
 
@@ -84,3 +124,37 @@ def allocate(
     for detail in details:
         shelf[detail.sku, detail.warehouse] -= detail.quantity
     return details
+
+
+def units(lines: Iterable[Line]) -> dict[str, int]:
+    """The lines' quantities by SKU."""
+    by_sku: dict[str, int] = {}
+    for line in lines:
+        by_sku[line.sku] = by_sku.get(line.sku, 0) + line.quantity
+    return by_sku
+
+
+def again(hold: Hold, lines: Iterable[Line]) -> Refused | None:
+    """The answer to an order that asks for stock once more: None says that it is held, as before."""
+    if hold.ended:
+        return HoldEnded()
+    return None if hold.lines == units(lines) else HoldDiffers()
+
+
+def take_part(held: Sequence[Held], quantities: Mapping[str, int]) -> dict[int, int]:
+    """How many units each held detail gives when part of an order moves on, in the given order of details.
+
+    Raises `InvalidInput` for a part of nothing, `HoldMissing` for more than is held.
+    """
+    if not quantities or min(quantities.values()) < 1:
+        raise InvalidInput("a part of an order has at least one SKU, with at least one unit of each")
+    taken: dict[int, int] = {}
+    for sku, wanted in sorted(quantities.items()):
+        missing = wanted
+        for detail in held:
+            if detail.sku == sku and missing:
+                taken[detail.id] = min(missing, detail.quantity)
+                missing -= taken[detail.id]
+        if missing:
+            raise HoldMissing(f"of SKU {sku!r} {wanted - missing} units are held, {wanted} are to move on")
+    return taken

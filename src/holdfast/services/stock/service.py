@@ -11,8 +11,8 @@ from holdfast.errors import HoldfastError
 from holdfast.services.contracts.events import StockLocked
 from holdfast.services.contracts.values import Fate
 from holdfast.services.stock import store
-from holdfast.services.stock.actions import Stock, UnknownSku
-from holdfast.services.stock.model import Level, Receipt, Sku
+from holdfast.services.stock.actions import Stock
+from holdfast.services.stock.model import Level, Receipt, Sku, UnknownSku
 from holdfast.services.stock.needs import Orders
 from holdfast.settings import StockSettings
 
