@@ -47,6 +47,8 @@ SERVICE_RANKS: dict[str, int] = {
     "needs": 1,
     "store": 1,
     "place": 2,
+    "shelf_store": 2,
+    "shelves": 3,
     "actions": 2,
     "sandbox": 2,
     "transitions": 3,

@@ -110,6 +110,21 @@ STOCK = (
                         <> CASE detail.status WHEN 1 THEN 1 ELSE 2 END""",
     ),
     Check(
+        name="stock.ledger_kinds",
+        promise="each ledger entry moves units as its kind says, and an adjustment has its reason",
+        query="""SELECT id AS entry_id, sku, warehouse, kind, cause, available_delta, held_delta, sold_delta
+                 FROM stock_ledger
+                 WHERE NOT CASE kind
+                     WHEN 'receive' THEN available_delta > 0 AND held_delta = 0 AND sold_delta = 0
+                     WHEN 'reserve' THEN available_delta < 0 AND held_delta = -available_delta AND sold_delta = 0
+                     WHEN 'release' THEN available_delta > 0 AND held_delta = -available_delta AND sold_delta = 0
+                     WHEN 'deduct' THEN available_delta = 0 AND held_delta < 0 AND sold_delta = -held_delta
+                     WHEN 'split' THEN available_delta = 0 AND held_delta = 0 AND sold_delta = 0
+                     WHEN 'adjust' THEN available_delta <> 0 AND held_delta = 0 AND sold_delta = 0
+                                        AND reason IS NOT NULL
+                     WHEN 'count' THEN held_delta = 0 AND sold_delta = 0 AND counted IS NOT NULL END""",
+    ),
+    Check(
         name="stock.orders",
         promise="each order holds exactly the units of its lines",
         query="""SELECT line.order_id, line.sku, line.quantity, coalesce(sum(detail.quantity), 0) AS quantity_by_details

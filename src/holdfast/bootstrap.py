@@ -41,6 +41,7 @@ from holdfast.services.schema import HISTORY as SERVICES_HISTORY
 from holdfast.services.stock import listeners as stock_listeners
 from holdfast.services.stock.actions import Stock
 from holdfast.services.stock.service import StockService
+from holdfast.services.stock.shelves import Shelves
 from holdfast.services.sweeper import Sweeper
 from holdfast.settings import DatabaseSettings, MessagingSettings, Settings
 
@@ -148,7 +149,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
         transitions = Transitions(clock, ids, outbox, payments)
         orders = OrderService(database, stock_group, group, place, transitions, payment_service, clock, settings.orders)
-        stock_service = StockService(database, stock_group, stock, orders, clock, settings.stock)
+        stock_service = StockService(database, stock_group, Shelves(clock, ids), stock, orders, clock, settings.stock)
         listens = (
             *order_listeners.listeners(orders, transitions),
             *stock_listeners.listeners(stock_service, stock, stock_group),

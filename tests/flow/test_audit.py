@@ -115,6 +115,16 @@ CORRUPTIONS = (
         "wrong kind",
         detail_id="closed_detail",
     ),
+    one("stock.ledger_kinds", "UPDATE stock_ledger SET kind = 'adjust' WHERE kind = 'receive'", "no reason", sku="sku"),
+    one(
+        "stock.ledger_kinds",
+        "UPDATE stock_ledger SET sold_delta = 0, available_delta = 3 WHERE kind = 'deduct'",
+        "sold into the shelf",
+        sku="sku",
+    ),
+    one(
+        "stock.ledger_kinds", "UPDATE stock_ledger SET kind = 'count' WHERE kind = 'receive'", "not counted", sku="sku"
+    ),
     one("stock.orders", "UPDATE order_line SET quantity = 7 WHERE order_id = :paid", order_id="paid"),
     one("stock.orders", "DELETE FROM stock_task_detail WHERE id = :paid_detail", "detail gone", order_id="paid"),
     one("stock.ghost_holds", "DELETE FROM order_order WHERE id = :pending", detail_id="pending_detail"),
@@ -252,8 +262,8 @@ UNSEEN = (
     Corruption(
         check="units held for a SKU that is not on the order",
         breaks=(
-            """INSERT INTO stock_level (sku, warehouse, available, held, sold, total)
-               VALUES ('SKU-2', 'main', 0, 1, 0, 1)""",
+            """INSERT INTO stock_level (sku, warehouse, available, held, sold, total, version)
+               VALUES ('SKU-2', 'main', 0, 1, 0, 1, 1)""",
             """INSERT INTO stock_task_detail (id, task_id, order_id, sku, warehouse, quantity, status, changed_us)
                SELECT 1, task_id, order_id, 'SKU-2', 'main', 1, 1, changed_us FROM stock_task_detail
                WHERE id = :pending_detail""",

@@ -1,4 +1,4 @@
-"""Verbs of stock: receive, reserve, release, deduct. Each takes a batch within the caller's transaction."""
+"""Verbs of stock: reserve, release, deduct. Each takes a batch within the caller's transaction."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import select
 
 from holdfast.clock import Clock
 from holdfast.db.database import Tx
-from holdfast.db.prepared import insert
 from holdfast.errors import HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.draft import Draft
@@ -28,9 +26,6 @@ from holdfast.services.stock.model import (
     Held,
     Hold,
     HoldMissing,
-    Receipt,
-    Sku,
-    UnknownSku,
     again,
     allocate,
     take_part,
@@ -47,23 +42,6 @@ class Stock:
         self._clock = clock
         self._ids = ids
         self._outbox = outbox
-
-    async def keep_skus(self, tx: Tx, given: Sequence[Sku]) -> list[Sku | HoldfastError]:
-        """Create SKUs or change their title and price; orders keep the price they were placed at."""
-        for sku in given:
-            values = {
-                "title": sku.title,
-                "price_minor": sku.price_minor,
-                "currency": sku.currency,
-                "changed_us": self._clock.now_us(),
-            }
-            statement = insert(tx.dialect, store.skus).values(sku=sku.sku, **values)
-            await tx.execute(statement.on_conflict_do_update(index_elements=["sku"], set_=values))
-        return list(given)
-
-    async def receive(self, tx: Tx, receipts: Sequence[Receipt]) -> list[HoldfastError | None]:
-        """Book units that came in, each receipt once by its key; refuses an unknown SKU."""
-        return [await self._receive_one(tx, receipt) for receipt in receipts]
 
     async def prices(self, tx: Tx, wanted: Collection[str]) -> Mapping[str, Price]:
         """The prices of those SKUs that exist."""
@@ -169,50 +147,6 @@ class Stock:
         await self._book(tx, "split", split, available=0, held=0, sold=0)
         return whole + split
 
-    async def _receive_one(self, tx: Tx, receipt: Receipt) -> HoldfastError | None:
-        known = await tx.execute(select(store.skus.c.sku).where(store.skus.c.sku == receipt.sku))
-        if known.first() is None:
-            return UnknownSku(f"there is no SKU {receipt.sku!r}; create it first with PUT /v1/skus/{receipt.sku}")
-        entry = {
-            "id": self._ids.next(),
-            "sku": receipt.sku,
-            "warehouse": receipt.warehouse,
-            "kind": "receive",
-            "cause": receipt.key,
-            "available_delta": receipt.quantity,
-            "held_delta": 0,
-            "sold_delta": 0,
-            "actor": receipt.actor,
-            "at_us": self._clock.now_us(),
-        }
-        booked = (
-            insert(tx.dialect, store.ledger).values(**entry).on_conflict_do_nothing(index_elements=["kind", "cause"])
-        )
-        if (await tx.execute(booked)).rowcount == 0:
-            return await self._booked_before(tx, receipt)
-        await store.keep_warehouse(tx, receipt.warehouse)
-        level = insert(tx.dialect, store.levels).values(
-            sku=receipt.sku,
-            warehouse=receipt.warehouse,
-            available=receipt.quantity,
-            held=0,
-            sold=0,
-            total=receipt.quantity,
-        )
-        more = {
-            "available": store.levels.c.available + level.excluded.available,
-            "total": store.levels.c.total + level.excluded.total,
-        }
-        await tx.execute(level.on_conflict_do_update(index_elements=["sku", "warehouse"], set_=more))
-        return None
-
-    async def _booked_before(self, tx: Tx, receipt: Receipt) -> KeyReused | None:
-        """A receipt booked under this key: the very same one is no news, another one is refused."""
-        found = select(store.ledger).where(store.ledger.c.kind == "receive", store.ledger.c.cause == receipt.key)
-        booked = (await tx.execute(found)).one()
-        same = (booked.sku, booked.warehouse, booked.available_delta)
-        return None if same == (receipt.sku, receipt.warehouse, receipt.quantity) else KeyReused()
-
     async def _write_holds(self, tx: Tx, held: Sequence[tuple[Wanted, Sequence[Detail]]]) -> None:
         now_us = self._clock.now_us()
         tasks, details, drafts = [], [], []
@@ -290,6 +224,8 @@ class Stock:
                     "sold_delta": by[2],
                     "actor": "system",
                     "at_us": now_us,
+                    "reason": None,
+                    "counted": None,
                 }
             )
         await store.shift_levels(tx, shifts)

@@ -23,6 +23,24 @@ class UnknownSku(Refused):
     code = "sku_not_found"
 
 
+class UnknownLevel(Refused):
+    """There never was a unit of this SKU in this warehouse."""
+
+    code = "level_not_found"
+
+
+class LevelChanged(Refused):
+    """The level is not as you saw it any more; read it again and decide again."""
+
+    code = "precondition_failed"
+
+
+class TooFewUnits(Refused):
+    """That would take away units that are held for orders, or that are not there."""
+
+    code = "too_few_units"
+
+
 class HoldMissing(HoldfastError):
     """A paid order has no held stock to deduct; a human has to look."""
 
@@ -64,8 +82,45 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     actor: str
 
 
+Delta = Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
+Counted = Annotated[int, Meta(ge=0, le=1_000_000_000)]
+Reason = Title
+Priority = Annotated[int, Meta(ge=0, le=1_000_000)]
+
+
+class Adjustment(msgspec.Struct, frozen=True, kw_only=True):
+    """Units that turned up or are gone, and why; `key` makes it count once, `tags` are the levels it was decided on."""
+
+    key: str
+    sku: Code
+    warehouse: Code
+    delta: Delta
+    reason: Reason
+    actor: str
+    tags: frozenset[str] | None  # None: whatever the level is
+
+
+class Count(msgspec.Struct, frozen=True, kw_only=True):
+    """How many units are physically there: those available and those held; `key` makes it count once."""
+
+    key: str
+    sku: Code
+    warehouse: Code
+    counted: Counted
+    reason: Reason | None
+    actor: str
+    tags: frozenset[str] | None = None
+
+
+class Warehouse(msgspec.Struct, frozen=True, kw_only=True):
+    """Where units lie; the lowest priority is drawn upon first."""
+
+    code: Code
+    priority: Priority
+
+
 class Level(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One SKU in one warehouse; available + held + sold = total at every commit."""
+    """One SKU in one warehouse; available + held + sold = total at every commit, and each change raises the version."""
 
     sku: str
     warehouse: str
@@ -73,6 +128,15 @@ class Level(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     held: int
     sold: int
     total: int
+    version: int
+
+    def refuse_unless(self, tags: frozenset[str] | None) -> Refused | None:
+        """Why what was decided on other levels than this one is not done."""
+        if tags is None or str(self.version) in tags:
+            return None
+        return LevelChanged(
+            f"{self.sku} in {self.warehouse} is at version {self.version} now; read it and decide again"
+        )
 
 
 class Detail(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,3 +222,23 @@ def take_part(held: Sequence[Held], quantities: Mapping[str, int]) -> dict[int, 
         if missing:
             raise HoldMissing(f"of SKU {sku!r} {wanted - missing} units are held, {wanted} are to move on")
     return taken
+
+
+def check_delta(delta: int) -> None:
+    """Refuse an adjustment that changes nothing: `InvalidInput`."""
+    if delta == 0:
+        raise InvalidInput("delta is 0; an adjustment adds units or takes some away")
+
+
+def adjusted(level: Level, delta: int) -> TooFewUnits | None:
+    """Why the level cannot be adjusted by so many units."""
+    if level.available + delta >= 0:
+        return None
+    return TooFewUnits(f"{level.available} units are available and {level.held} held; {-delta} cannot be taken away")
+
+
+def difference(level: Level, counted: int) -> int | TooFewUnits:
+    """How many units more (or less) are there than the books say; what is held cannot be missing."""
+    if counted < level.held:
+        return TooFewUnits(f"{counted} units were counted and {level.held} are held for orders; look into these first")
+    return counted - level.available - level.held

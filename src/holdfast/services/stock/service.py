@@ -10,50 +10,102 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import HoldfastError
 from holdfast.services.contracts.events import StockLocked
 from holdfast.services.contracts.values import Fate
-from holdfast.services.stock import store
+from holdfast.services.stock import shelf_store, store
 from holdfast.services.stock.actions import Stock
-from holdfast.services.stock.model import Level, Receipt, Sku, UnknownSku
+from holdfast.services.stock.model import (
+    Adjustment,
+    Count,
+    Level,
+    Receipt,
+    Sku,
+    UnknownLevel,
+    UnknownSku,
+    Warehouse,
+    check_delta,
+)
 from holdfast.services.stock.needs import Orders
+from holdfast.services.stock.shelves import Shelves
 from holdfast.settings import StockSettings
 
 SWEEP_PAGE = 500
 
 
-class StockService:
-    """One call per question or order of the outside world."""
+class ShelfService:
+    """What staff asks for, and what everybody may know: one call per question or order of the outside world."""
+
+    def __init__(self, database: Database, group: GroupCommit, shelves: Shelves) -> None:
+        self._database = database
+        self._group = group
+        self._shelves = shelves
+
+    async def keep_sku(self, sku: Sku) -> Sku:
+        """Create a SKU or change its title and price."""
+        return await self._group.submit(self._shelves.keep_skus, sku)
+
+    async def keep_warehouse(self, warehouse: Warehouse) -> Warehouse:
+        """Create a warehouse or change its priority, from the next hold on."""
+        return await self._group.submit(self._shelves.keep_warehouses, warehouse)
+
+    async def warehouses(self) -> list[Warehouse]:
+        """All warehouses, in the order in which they are drawn upon."""
+        async with self._database.read() as tx:
+            return await shelf_store.read_warehouses(tx)
+
+    async def receive(self, receipt: Receipt) -> list[Level]:
+        """Book units that came in, once per key; answers the SKU's levels. Raises `UnknownSku`, `KeyReused`."""
+        await self._group.submit(self._shelves.receive, receipt)
+        return await self.levels(receipt.sku)
+
+    async def adjust(self, adjustment: Adjustment) -> Level:
+        """Add units or take some away, once per key; answers the level as it is now.
+
+        Raises `InvalidInput`, `UnknownLevel`, `LevelChanged`, `TooFewUnits`, `KeyReused`.
+        """
+        check_delta(adjustment.delta)
+        return await self._group.submit(self._shelves.adjust, adjustment)
+
+    async def count(self, count: Count) -> Level:
+        """Book what was found on the shelf, once per key; answers the level as it is now.
+
+        Raises `UnknownSku`, `LevelChanged`, `TooFewUnits`, `KeyReused`.
+        """
+        return await self._group.submit(self._shelves.count, count)
+
+    async def level(self, sku: str, warehouse: str) -> Level:
+        """One level; raises `UnknownLevel`."""
+        async with self._database.read() as tx:
+            found = await shelf_store.read_level(tx, sku, warehouse)
+        if found is None:
+            raise UnknownLevel(f"there never was a unit of SKU {sku!r} in warehouse {warehouse!r}")
+        return found
+
+    async def levels(self, sku: str | None = None) -> list[Level]:
+        """The levels of one SKU (raises `UnknownSku`), or of all."""
+        async with self._database.read() as tx:
+            found = await shelf_store.read_levels(tx, sku)
+        if sku is not None and not found:
+            raise UnknownSku(f"there is no stock of SKU {sku!r}")
+        return found
+
+
+class StockService(ShelfService):
+    """The shelves, and what becomes of holds."""
 
     def __init__(
         self,
         database: Database,
         group: GroupCommit,
+        shelves: Shelves,
         stock: Stock,
         orders: Orders,
         clock: Clock,
         settings: StockSettings,
     ) -> None:
-        self._database = database
-        self._group = group
+        super().__init__(database, group, shelves)
         self._stock = stock
         self._orders = orders
         self._clock = clock
         self._settings = settings
-
-    async def keep_sku(self, sku: Sku) -> Sku:
-        """Create a SKU or change its title and price."""
-        return await self._group.submit(self._stock.keep_skus, sku)
-
-    async def receive(self, receipt: Receipt) -> list[Level]:
-        """Book units that came in, once per key; answers the SKU's levels. Raises `UnknownSku`."""
-        await self._group.submit(self._stock.receive, receipt)
-        return await self.levels(receipt.sku)
-
-    async def levels(self, sku: str | None = None) -> list[Level]:
-        """The levels of one SKU (raises `UnknownSku`), or of all."""
-        async with self._database.read() as tx:
-            found = await store.read_levels(tx, sku)
-        if sku is not None and not found:
-            raise UnknownSku(f"there is no stock of SKU {sku!r}")
-        return found
 
     async def look_after(self, holds: Collection[StockLocked]) -> set[int]:
         """Give back what is still held for orders that ended or do not exist; answers the orders that are open.

@@ -25,7 +25,7 @@ from holdfast.db.database import Dialect, Tx
 from holdfast.db.prepared import InsertAll, Prepared, among, insert
 from holdfast.services.contracts.values import Price
 from holdfast.services.schema import metadata
-from holdfast.services.stock.model import HELD, RELEASED, Hold, Level
+from holdfast.services.stock.model import HELD, RELEASED, Hold
 
 warehouses = Table(
     "stock_warehouse",
@@ -55,6 +55,7 @@ levels = Table(
     Column("held", BigInteger, nullable=False),
     Column("sold", BigInteger, nullable=False),
     Column("total", BigInteger, nullable=False),
+    Column("version", BigInteger, nullable=False),  # raised by every change: the level's ETag
     CheckConstraint("available >= 0 AND held >= 0 AND sold >= 0", name="never_negative"),
     CheckConstraint("available + held + sold = total", name="sums_up"),
 )
@@ -116,7 +117,9 @@ ledger = Table(
     Column("sold_delta", BigInteger, nullable=False),
     Column("actor", Text, nullable=False),
     Column("at_us", BigInteger, nullable=False),
-    CheckConstraint("kind IN ('receive', 'reserve', 'release', 'deduct', 'split')", name="kind"),
+    Column("reason", Text),
+    Column("counted", BigInteger),  # what a count found
+    CheckConstraint("kind IN ('receive', 'reserve', 'release', 'deduct', 'split', 'adjust', 'count')", name="kind"),
     UniqueConstraint("kind", "cause", name="uq_stock_ledger_kind_cause"),
 )
 
@@ -145,6 +148,7 @@ def _shift_levels(_: Dialect) -> Executable:
             available=levels.c.available + bindparam("by_available", type_=BigInteger),
             held=levels.c.held + bindparam("by_held", type_=BigInteger),
             sold=levels.c.sold + bindparam("by_sold", type_=BigInteger),
+            version=levels.c.version + 1,
         )
     )
 
@@ -311,16 +315,3 @@ async def read_prices(tx: Tx, wanted: Collection[str]) -> dict[str, Price]:
     """The prices of those SKUs that exist."""
     rows = await _PRICES.rows(tx, skus=sorted(wanted))
     return {row.sku: Price(amount_minor=row.price_minor, currency=row.currency) for row in rows}
-
-
-async def keep_warehouse(tx: Tx, code: str) -> None:
-    """Make a warehouse exist; its priority is 100 unless somebody says otherwise."""
-    await tx.execute(insert(tx.dialect, warehouses).values(code=code, priority=100).on_conflict_do_nothing())
-
-
-async def read_levels(tx: Tx, sku: str | None) -> list[Level]:
-    """The levels of one SKU, or of all."""
-    statement = select(levels).order_by(levels.c.sku, levels.c.warehouse)
-    if sku is not None:
-        statement = statement.where(levels.c.sku == sku)
-    return [Level(**row._mapping) for row in await tx.execute(statement)]

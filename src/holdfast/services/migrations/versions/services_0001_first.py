@@ -163,8 +163,11 @@ def upgrade() -> None:
         sa.Column("sold_delta", sa.BigInteger(), nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("at_us", sa.BigInteger(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=True),
+        sa.Column("counted", sa.BigInteger(), nullable=True),
         sa.CheckConstraint(
-            "kind IN ('receive', 'reserve', 'release', 'deduct', 'split')", name=op.f("ck_stock_ledger_kind")
+            "kind IN ('receive', 'reserve', 'release', 'deduct', 'split', 'adjust', 'count')",
+            name=op.f("ck_stock_ledger_kind"),
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_stock_ledger")),
         sa.UniqueConstraint("kind", "cause", name="uq_stock_ledger_kind_cause"),
@@ -177,6 +180,7 @@ def upgrade() -> None:
         sa.Column("held", sa.BigInteger(), nullable=False),
         sa.Column("sold", sa.BigInteger(), nullable=False),
         sa.Column("total", sa.BigInteger(), nullable=False),
+        sa.Column("version", sa.BigInteger(), nullable=False),
         sa.CheckConstraint("available + held + sold = total", name=op.f("ck_stock_level_sums_up")),
         sa.CheckConstraint("available >= 0 AND held >= 0 AND sold >= 0", name=op.f("ck_stock_level_never_negative")),
         sa.PrimaryKeyConstraint("sku", "warehouse", name=op.f("pk_stock_level")),
