@@ -40,7 +40,7 @@ from holdfast.services.payments.service import PaymentService
 from holdfast.services.schema import HISTORY as SERVICES_HISTORY
 from holdfast.services.stock import listeners as stock_listeners
 from holdfast.services.stock.actions import Stock
-from holdfast.services.stock.service import StockService
+from holdfast.services.stock.service import ShelfService, StockService
 from holdfast.services.stock.shelves import Shelves
 from holdfast.services.sweeper import Sweeper
 from holdfast.settings import DatabaseSettings, MessagingSettings, Settings
@@ -169,6 +169,18 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         )
         stack.push_async_callback(system.stop_work)
         yield system
+
+
+@asynccontextmanager
+async def shelves_of(database: Database) -> AsyncIterator[ShelfService]:
+    """The shelves alone, over a migrated database: for commands, without listeners and without a payment provider."""
+    clock = SystemClock()
+    group = GroupCommit(database, clock, name="shelves")
+    group.start()
+    try:
+        yield ShelfService(database, group, Shelves(clock, IdSource(clock)))
+    finally:
+        await group.close()
 
 
 async def migrate_all(settings: Settings) -> dict[str, tuple[str | None, str | None]]:

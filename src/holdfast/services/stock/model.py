@@ -82,6 +82,17 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     actor: str
 
 
+class Received(msgspec.Struct, frozen=True, kw_only=True):
+    """A receipt as it stands in the ledger."""
+
+    key: str
+    sku: str
+    warehouse: str
+    quantity: int
+    actor: str
+    at: str
+
+
 Delta = Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
 Counted = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Reason = Title

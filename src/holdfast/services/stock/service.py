@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 
 from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Database, Tx
@@ -17,6 +17,7 @@ from holdfast.services.stock.model import (
     Count,
     Level,
     Receipt,
+    Received,
     Sku,
     UnknownLevel,
     UnknownSku,
@@ -24,7 +25,7 @@ from holdfast.services.stock.model import (
     check_delta,
 )
 from holdfast.services.stock.needs import Orders
-from holdfast.services.stock.shelves import Shelves
+from holdfast.services.stock.shelves import Shelves, received
 from holdfast.settings import StockSettings
 
 SWEEP_PAGE = 500
@@ -86,6 +87,37 @@ class ShelfService:
         if sku is not None and not found:
             raise UnknownSku(f"there is no stock of SKU {sku!r}")
         return found
+
+    async def keep_skus(self, skus: Sequence[Sku]) -> list[Sku | Exception]:
+        """Create or change many SKUs; answers each, a failure in its place."""
+        return await self._group.submit_all(self._shelves.keep_skus, skus)
+
+    async def receive_all(self, receipts: Sequence[Receipt]) -> list[Exception | None]:
+        """Book many receipts, each once by its key; answers for each None or why it was not booked."""
+        return await self._group.submit_all(self._shelves.receive, receipts)
+
+    async def refusals(self, receipts: Sequence[Receipt]) -> list[HoldfastError | None]:
+        """Why each of these receipts would be refused now; None where it would be booked, or is already."""
+        async with self._database.read() as tx:
+            return await self._shelves.refusals(tx, receipts)
+
+    async def sku_pages(self) -> AsyncIterator[list[Sku]]:
+        """All SKUs, of one snapshot."""
+        async with self._database.read(snapshot=True) as tx:
+            async for page in shelf_store.sku_pages(tx):
+                yield page
+
+    async def level_pages(self) -> AsyncIterator[list[Level]]:
+        """All levels, of one snapshot."""
+        async with self._database.read(snapshot=True) as tx:
+            async for page in shelf_store.level_pages(tx):
+                yield page
+
+    async def receipt_pages(self) -> AsyncIterator[list[Received]]:
+        """All receipts as they were booked, of one snapshot."""
+        async with self._database.read(snapshot=True) as tx:
+            async for page in shelf_store.entry_pages(tx, "receive"):
+                yield [received(row) for row in page]
 
 
 class StockService(ShelfService):

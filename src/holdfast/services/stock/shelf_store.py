@@ -125,6 +125,12 @@ async def booked(tx: Tx, kind: str, cause: str) -> Any | None:
     return (await tx.execute(found)).one_or_none()
 
 
+async def booked_among(tx: Tx, kind: str, causes: Collection[str]) -> dict[str, Any]:
+    """The entries of this kind, by their cause."""
+    found = select(ledger).where(ledger.c.kind == kind, ledger.c.cause.in_(sorted(causes)))
+    return {row.cause: row for row in await tx.execute(found)}
+
+
 async def entry_pages(tx: Tx, kind: str) -> AsyncIterator[list[Any]]:
     """The ledger's entries of a kind in order of id, page by page."""
     after = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from holdfast.clock import Clock
+from holdfast.clock import Clock, rfc3339
 from holdfast.db.database import Tx
 from holdfast.errors import HoldfastError, Refused
 from holdfast.ids import IdSource
@@ -17,6 +17,7 @@ from holdfast.services.stock.model import (
     Level,
     LevelChanged,
     Receipt,
+    Received,
     Sku,
     TooFewUnits,
     UnknownLevel,
@@ -50,6 +51,20 @@ class Shelves:
     async def receive(self, tx: Tx, receipts: Sequence[Receipt]) -> list[HoldfastError | None]:
         """Book units that came in, each receipt once by its key; refuses an unknown SKU."""
         return [await self._receive_one(tx, receipt) for receipt in receipts]
+
+    async def refusals(self, tx: Tx, receipts: Sequence[Receipt]) -> list[HoldfastError | None]:
+        """Why each of these receipts would be refused now; None where it would be booked, or is already."""
+        known = await store.known_skus(tx, {receipt.sku for receipt in receipts})
+        booked = await store.booked_among(tx, "receive", {receipt.key for receipt in receipts})
+        answers: list[HoldfastError | None] = []
+        for receipt in receipts:
+            if receipt.sku not in known:
+                answers.append(_unknown(receipt.sku))
+            elif receipt.key in booked:
+                answers.append(_same(booked[receipt.key], receipt, receipt.quantity, None))
+            else:
+                answers.append(None)
+        return answers
 
     async def adjust(self, tx: Tx, adjustments: Sequence[Adjustment]) -> list[Level | HoldfastError]:
         """Add available units or take some away, if the level is as it was when that was decided.
@@ -123,8 +138,7 @@ class Shelves:
         """An entry is booked under this key: the very same one is no news, another one is refused."""
         booked = await store.booked(tx, kind, wish.key)
         assert booked is not None
-        same = (booked.sku, booked.warehouse, booked.available_delta, booked.reason)
-        return None if same == (wish.sku, wish.warehouse, delta, reason) else KeyReused()
+        return _same(booked, wish, delta, reason)
 
     def _entry(
         self,
@@ -149,6 +163,23 @@ class Shelves:
             "reason": reason,
             "counted": counted,
         }
+
+
+def received(row: Any) -> Received:
+    """An entry of the ledger as the receipt that it is."""
+    return Received(
+        key=row.cause,
+        sku=row.sku,
+        warehouse=row.warehouse,
+        quantity=row.available_delta,
+        actor=row.actor,
+        at=rfc3339(row.at_us),
+    )
+
+
+def _same(booked: Any, wish: Receipt | Adjustment, delta: int, reason: str | None) -> Refused | None:
+    same = (booked.sku, booked.warehouse, booked.available_delta, booked.reason)
+    return None if same == (wish.sku, wish.warehouse, delta, reason) else KeyReused()
 
 
 def _unknown(sku: str) -> UnknownSku:
