@@ -46,6 +46,8 @@ SERVICE_RANKS: dict[str, int] = {
     "model": 0,
     "needs": 1,
     "store": 1,
+    "shelf_store": 2,
+    "shelves": 3,
     "actions": 2,
     "moves": 2,
     "place": 2,

@@ -99,13 +99,30 @@ STOCK = (
         promise="each work order detail has the ledger entries of its state, and no other",
         query="""SELECT detail.id AS detail_id, detail.status, count(entry.id) AS entries
                  FROM stock_task_detail detail LEFT JOIN stock_ledger entry
-                      ON entry.cause = CAST(detail.id AS TEXT) AND entry.kind <> 'receive'
+                      ON entry.cause = CAST(detail.id AS TEXT)
+                         AND entry.kind IN ('reserve', 'split', 'release', 'deduct')
                  GROUP BY detail.id, detail.status
                  HAVING count(entry.id) <> CASE detail.status WHEN 1 THEN 1 ELSE 2 END
                      OR coalesce(sum(CASE WHEN entry.kind = 'reserve'
+                                            OR (entry.kind = 'split' AND detail.status <> 1)
                                             OR (entry.kind = 'release' AND detail.status = 2)
                                             OR (entry.kind = 'deduct' AND detail.status = 3) THEN 1 END), 0)
                         <> CASE detail.status WHEN 1 THEN 1 ELSE 2 END""",
+    ),
+    Check(
+        name="stock.ledger_kinds",
+        promise="each ledger entry moves units as its kind says, and an adjustment has its reason",
+        query="""SELECT id AS entry_id, sku, warehouse, kind, cause, available_delta, held_delta, sold_delta
+                 FROM stock_ledger
+                 WHERE NOT CASE kind
+                     WHEN 'receive' THEN available_delta > 0 AND held_delta = 0 AND sold_delta = 0
+                     WHEN 'reserve' THEN available_delta < 0 AND held_delta = -available_delta AND sold_delta = 0
+                     WHEN 'release' THEN available_delta > 0 AND held_delta = -available_delta AND sold_delta = 0
+                     WHEN 'deduct' THEN available_delta = 0 AND held_delta < 0 AND sold_delta = -held_delta
+                     WHEN 'split' THEN available_delta = 0 AND held_delta = 0 AND sold_delta = 0
+                     WHEN 'adjust' THEN available_delta <> 0 AND held_delta = 0 AND sold_delta = 0
+                                        AND reason IS NOT NULL
+                     WHEN 'count' THEN held_delta = 0 AND sold_delta = 0 AND counted IS NOT NULL END""",
     ),
     Check(
         name="stock.orders",
@@ -283,7 +300,7 @@ MESSAGES = (
         name="messages.unsent",
         promise="no message is due and undelivered",
         query="""SELECT id AS row_id, queue, type, message_id, attempt, due_us FROM hf_message
-                 WHERE due_us < :now_us - :slack_us""",
+                 WHERE coalesce(expires_us, due_us) < :now_us - :slack_us""",  # one with a time to live may wait for it
     ),
     Check(
         name="messages.parked",
@@ -310,7 +327,8 @@ FIGURES = """
     UNION ALL SELECT 'units total', coalesce(sum(total), 0) FROM stock_level
     UNION ALL SELECT 'captured minor', coalesce(sum(captured_minor), 0) FROM payment_order
     UNION ALL SELECT 'refunded minor', coalesce(sum(refunded_minor), 0) FROM payment_order
-    UNION ALL SELECT 'messages waiting', count(*) FROM hf_message
+    UNION ALL SELECT 'messages waiting', count(*) FROM hf_message WHERE expires_us IS NULL
+    UNION ALL SELECT 'messages guarding', count(*) FROM hf_message WHERE expires_us IS NOT NULL
     UNION ALL SELECT 'messages parked', count(*) FROM hf_parked WHERE state = 'parked'
 """
 

@@ -33,7 +33,7 @@ from holdfast.services.carts import listeners as cart_listeners
 from holdfast.services.carts.actions import Carts
 from holdfast.services.carts.service import CartService
 from holdfast.services.contracts.events import TYPES
-from holdfast.services.contracts.topology import TOPOLOGY
+from holdfast.services.contracts.topology import topology
 from holdfast.services.orders import listeners as order_listeners
 from holdfast.services.orders.fulfilment import Fulfilment
 from holdfast.services.orders.moves import Moves
@@ -50,7 +50,8 @@ from holdfast.services.payments.service import PaymentService, UnknownProvider
 from holdfast.services.schema import HISTORY as SERVICES_HISTORY
 from holdfast.services.stock import listeners as stock_listeners
 from holdfast.services.stock.actions import Stock
-from holdfast.services.stock.service import StockService
+from holdfast.services.stock.service import ShelfService, StockService
+from holdfast.services.stock.shelves import Shelves
 from holdfast.services.sweeper import Sweeper
 from holdfast.settings import DatabaseSettings, MessagingSettings, PaymentsSettings, Settings
 
@@ -151,7 +152,12 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         await require_current(database, HISTORIES)
         bus = await stack.enter_async_context(
             open_messaging(
-                database, TYPES, TOPOLOGY, clock=clock, settings=settings.messaging, database_settings=settings.database
+                database,
+                TYPES,
+                topology(settings.stock.guard_ms),
+                clock=clock,
+                settings=settings.messaging,
+                database_settings=settings.database,
             )
         )
         group, ids, outbox = bus.group, bus.ids, bus.outbox
@@ -176,11 +182,11 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             clock,
             settings.orders,
         )
-        stock_service = StockService(database, stock_group, stock, orders, clock)
+        stock_service = StockService(database, stock_group, Shelves(clock, ids), stock, orders, clock, settings.stock)
         listens = (
             *order_listeners.listeners(orders),
             *cart_listeners.listeners(carts),
-            *stock_listeners.listeners(stock, stock_group),
+            *stock_listeners.listeners(stock_service, stock, stock_group),
             *payment_listeners.listeners(payments, payment_service),
         )
         system = System(
@@ -198,6 +204,18 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         )
         stack.push_async_callback(system.stop_work)
         yield system
+
+
+@asynccontextmanager
+async def shelves_of(database: Database) -> AsyncIterator[ShelfService]:
+    """The shelves alone, over a migrated database: for commands, without listeners and without a payment provider."""
+    clock = SystemClock()
+    group = GroupCommit(database, clock, name="shelves")
+    group.start()
+    try:
+        yield ShelfService(database, group, Shelves(clock, IdSource(clock)))
+    finally:
+        await group.close()
 
 
 async def migrate_all(settings: Settings) -> dict[str, tuple[str | None, str | None]]:

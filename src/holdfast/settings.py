@@ -105,6 +105,12 @@ class OrdersSettings(Section, frozen=True, kw_only=True):
     quantity_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 100  # per line
 
 
+class StockSettings(Section, frozen=True, kw_only=True):
+    """`[stock]`: holds."""
+
+    guard_ms: Annotated[int, Meta(ge=100, le=366 * 86_400_000)] = 2_400_000  # then a hold is looked after
+
+
 class PaymentsSettings(Section, frozen=True, kw_only=True):
     """`[payments]`: providers and their secrets."""
 
@@ -155,6 +161,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database: DatabaseSettings = DatabaseSettings()
     messaging: MessagingSettings = MessagingSettings()
     orders: OrdersSettings = OrdersSettings()
+    stock: StockSettings = StockSettings()
     payments: PaymentsSettings = PaymentsSettings()
     http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()

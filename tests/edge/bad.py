@@ -36,7 +36,7 @@ class Route(NamedTuple):
     numbers: tuple[tuple[tuple[Step, ...], int], ...] = ()  # where, and the highest
     optional: tuple[Step, ...] = ()
     also: tuple[str, ...] = ()  # further fields that may be given
-    lowest: int = 1  # of the numbers
+    lowest: int = 1  # that such a number may be
 
 
 PLACE = Route(
@@ -68,7 +68,43 @@ RECEIVE = Route(
     numbers=((("quantity",), 1_000_000),),
     optional=("warehouse",),
 )
-ROUTES = {"place": PLACE, "keep": KEEP, "receive": RECEIVE}
+ADJUST = Route(
+    "POST",
+    "/v1/stocks/adjustments",
+    True,
+    {"sku": "SKU-1", "delta": 5, "reason": "found", "warehouse": "main"},
+    codes=(("sku",), ("warehouse",)),
+    titles=(("reason",),),
+    numbers=((("delta",), 1_000_000),),
+    optional=("warehouse",),
+    lowest=-1_000_000,
+)
+COUNT = Route(
+    "POST",
+    "/v1/stocks/counts",
+    True,
+    {"sku": "SKU-2", "counted": 5_000, "warehouse": "main"},
+    codes=(("sku",), ("warehouse",)),
+    numbers=((("counted",), 1_000_000_000),),
+    optional=("warehouse",),
+    lowest=0,
+)
+WAREHOUSE = Route(
+    "PUT",
+    "/v1/warehouses/main",
+    True,
+    {"priority": 100},
+    numbers=((("priority",), 1_000_000),),
+    lowest=0,
+)
+ROUTES = {
+    "place": PLACE,
+    "keep": KEEP,
+    "receive": RECEIVE,
+    "adjust": ADJUST,
+    "count": COUNT,
+    "warehouse": WAREHOUSE,
+}
 
 
 NOTICE = {
@@ -141,8 +177,8 @@ def bodies(route: Route) -> Iterator[Bad]:
     for at in route.titles:
         yield from (_text(route.good, at, value) for value in ("", "x" * 201, "x" * 10_000))
     for at, highest in route.numbers:
+        too_small = [raw for raw in TOO_SMALL if int(raw) < route.lowest or (raw == "0" and route is ADJUST)]
         too_large = [raw for raw in (str(highest + 1), *TOO_LARGE) if len(raw) > 20 or int(raw) > highest]
-        too_small = [raw for raw in TOO_SMALL if int(raw) < route.lowest]
         for raw in (*NOT_A_NUMBER, *NOT_WHOLE, *too_small, *too_large):
             yield Bad(f"{'/'.join(map(str, at))} is {raw[:30]}", _with(route.good, at, raw.encode()))
 
@@ -350,7 +386,10 @@ def documents(good: Mapping[str, Any]) -> Iterator[Bad]:
         "many unknown fields": b"{" + many[:60_000].rpartition(b",")[0] + b"}",
         "an unknown field": whole[:-1] + b',"unknown":null}',
         "an empty name": whole[:-1] + b',"":1}',
-        "a field in other letters": whole.replace(b'"s', b'"S').replace(b'"t', b'"T').replace(b'"l', b'"L'),
+        "a field in other letters": whole.replace(b'"s', b'"S')
+        .replace(b'"t', b'"T')
+        .replace(b'"l', b'"L')
+        .replace(b'"p', b'"P'),
         "the prototype": whole[:-1] + b',"__proto__":{"admin":true}}',
     }.items():
         yield Bad(name, content)

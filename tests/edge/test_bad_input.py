@@ -29,7 +29,7 @@ async def send(
     """Send a body to a route with everything else in order."""
     who = counter.staff() if route.staff else counter.bearer("ann")
     return await counter.ask(
-        route.method, route.path, {**who, "idempotency-key": KEY, **(headers or {})}, content=content
+        route.method, route.path, {**who, "idempotency-key": KEY, "if-match": "*", **(headers or {})}, content=content
     )
 
 
@@ -140,6 +140,11 @@ SIGNED_IN = {
     "levels": ("GET", "/v1/stocks", None),
     "keep": ("PUT", "/v1/skus/SKU-1", bad.KEEP),
     "receive": ("POST", "/v1/stocks/receipts", bad.RECEIVE),
+    "level": ("GET", "/v1/levels/SKU-1/main", None),
+    "adjust": ("POST", "/v1/stocks/adjustments", bad.ADJUST),
+    "count": ("POST", "/v1/stocks/counts", bad.COUNT),
+    "warehouses": ("GET", "/v1/warehouses", None),
+    "warehouse": ("PUT", "/v1/warehouses/main", bad.WAREHOUSE),
 }
 
 
@@ -177,7 +182,7 @@ async def test_who_asks_is_looked_at_first_then_the_headers_then_the_body(
         refused(await shared.ask(method, path, content=b"x" * 70_000), 401, "unauthorized")
         if route is not None and route.staff:
             refused(await shared.ask(method, path, shared.bearer("ann"), content=wrong), 403, "forbidden")
-        if route is bad.PLACE or route is bad.RECEIVE:
+        if route in (bad.PLACE, bad.RECEIVE, bad.ADJUST, bad.COUNT):
             who = shared.staff()
             detail = refused(await shared.ask(method, path, who, content=wrong), 400, "invalid_input")
             assert "Idempotency-Key" in detail
@@ -266,6 +271,11 @@ METHODS = {
     "/v1/stocks": {"GET"},
     "/v1/skus/SKU-1": {"PUT"},
     "/v1/stocks/receipts": {"GET", "POST"},
+    "/v1/stocks/adjustments": {"GET", "POST"},
+    "/v1/stocks/counts": {"GET", "POST"},
+    "/v1/levels/SKU-1/main": {"GET"},
+    "/v1/warehouses": {"GET"},
+    "/v1/warehouses/main": {"PUT"},
     "/v1/notices/sandbox": {"POST"},
     "/sandbox/pay/a.b": {"POST"},
     "/healthz/live": {"GET"},

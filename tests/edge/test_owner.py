@@ -99,6 +99,21 @@ def keep_in_cart(sale: Sale, role: Role) -> Any:
     return sale.ask(role, "PUT", "/v1/cart/SKU-2", body={"quantity": 2})
 
 
+def adjust(sale: Sale, role: Role) -> Any:
+    headers = {"idempotency-key": f"by-{role}", "if-match": "*"}
+    body = {"sku": "SKU-2", "delta": 1, "reason": "found"}
+    return sale.ask(role, "POST", "/v1/stocks/adjustments", headers=headers, body=body)
+
+
+def count(sale: Sale, role: Role) -> Any:
+    headers = {"idempotency-key": f"by-{role}"}
+    return sale.ask(role, "POST", "/v1/stocks/counts", headers=headers, body={"sku": "SKU-EUR", "counted": 2_000})
+
+
+def keep_warehouse(sale: Sale, role: Role) -> Any:
+    return sale.ask(role, "PUT", "/v1/warehouses/north", body={"priority": 7})
+
+
 def pay(sale: Sale, role: Role) -> Any:
     return sale.ask(role, "POST", sale.pay_url)
 
@@ -129,9 +144,16 @@ MATRIX = [
     Row("GET", "/pay-orders/biz/{biz_order_no}", 401, 404, 200, 404, plain("GET", "/pay-orders/biz/{biz_order_no}")),
     Row("GET", "/v1/stocks/{sku}", 200, 200, 200, 200, plain("GET", "/v1/stocks/SKU-1")),
     Row("GET", "/v1/stocks/receipts", 404, 404, 404, 404, plain("GET", "/v1/stocks/receipts")),  # a SKU of that name
+    Row("GET", "/v1/stocks/adjustments", 404, 404, 404, 404, plain("GET", "/v1/stocks/adjustments")),
+    Row("GET", "/v1/stocks/counts", 404, 404, 404, 404, plain("GET", "/v1/stocks/counts")),
     Row("GET", "/v1/stocks", 401, 403, 403, 200, plain("GET", "/v1/stocks")),
     Row("PUT", "/v1/skus/{sku}", 401, 403, 403, 200, keep),
     Row("POST", "/v1/stocks/receipts", 401, 403, 403, 201, receive),
+    Row("GET", "/v1/levels/{sku}/{warehouse}", 401, 403, 403, 200, plain("GET", "/v1/levels/SKU-1/main")),
+    Row("POST", "/v1/stocks/adjustments", 401, 403, 403, 201, adjust),
+    Row("POST", "/v1/stocks/counts", 401, 403, 403, 201, count),
+    Row("GET", "/v1/warehouses", 401, 403, 403, 200, plain("GET", "/v1/warehouses")),
+    Row("PUT", "/v1/warehouses/{code}", 401, 403, 403, 200, keep_warehouse),
     # Who holds the link may pay, and a notice is believed for its signature: neither asks for a token.
     Row("POST", "/sandbox/pay/{token}", 200, 200, 200, 200, pay),
     Row("POST", "/v1/notices/sandbox", 200, 200, 200, 200, notify),

@@ -76,6 +76,15 @@ def test_the_order_engines_own_queues_are_as_they_should_be(desk: Desk) -> None:
     assert ok(desk.run("queues", "apply", "--json")).json == []
 
 
+def test_another_guard_of_holds_is_a_change_of_its_queue(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.within(known)
+    monkeypatch.setenv("HOLDFAST_STOCK__GUARD_MS", "60000")
+    planned = desk.run("queues", "plan")
+    assert (planned.code, planned.out) == (1, "change queue stock.delay.queue: message_ttl_ms: 2400000 -> 60000\n")
+    assert ok(desk.run("queues", "apply")).out == planned.out
+    assert ok(desk.run("queues", "plan")).code == 0
+
+
 def test_the_plan_names_every_difference_and_apply_makes_them_once(desk: Desk) -> None:
     async def fill(system: System) -> None:
         await system.transport.declare(Topology(queues=[Queue(name="mine")]))

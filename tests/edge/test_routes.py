@@ -232,6 +232,7 @@ async def test_staff_reads_all_levels(counter: Counter) -> None:
         "held": 5,
         "sold": 0,
         "total": 40,
+        "version": 2,
     }
 
 

@@ -73,7 +73,8 @@ PARK = """INSERT INTO hf_parked (id, queue, attempt, deliveries, message_id, exc
                                  loops, replay_id)
           SELECT id, queue, attempt, deliveries, message_id, exchange, routing_key, type, content_type,
                  headers, body, published_us, 'no retry can help', :now, :now, '', 'all', 'parked', 0, NULL
-          FROM hf_message"""
+          FROM hf_message WHERE queue <> 'stock.delay.queue'"""
+WAITING = "SELECT id FROM hf_message WHERE queue <> 'stock.delay.queue'"
 REPLAYED = "UPDATE hf_parked SET state = 'pending', replay_id = id + 1"
 
 CORRUPTIONS = (
@@ -113,6 +114,16 @@ CORRUPTIONS = (
         "UPDATE stock_ledger SET kind = 'deduct' WHERE kind = 'release' AND cause = CAST(:closed_detail AS TEXT)",
         "wrong kind",
         detail_id="closed_detail",
+    ),
+    one("stock.ledger_kinds", "UPDATE stock_ledger SET kind = 'adjust' WHERE kind = 'receive'", "no reason", sku="sku"),
+    one(
+        "stock.ledger_kinds",
+        "UPDATE stock_ledger SET sold_delta = 0, available_delta = 3 WHERE kind = 'deduct'",
+        "sold into the shelf",
+        sku="sku",
+    ),
+    one(
+        "stock.ledger_kinds", "UPDATE stock_ledger SET kind = 'count' WHERE kind = 'receive'", "not counted", sku="sku"
     ),
     one("stock.orders", "UPDATE order_line SET quantity = 7 WHERE order_id = :paid", order_id="paid"),
     one("stock.orders", "DELETE FROM stock_task_detail WHERE id = :paid_detail", "detail gone", order_id="paid"),
@@ -270,8 +281,8 @@ UNSEEN = (
     Corruption(
         check="units held for a SKU that is not on the order",
         breaks=(
-            """INSERT INTO stock_level (sku, warehouse, available, held, sold, total)
-               VALUES ('SKU-2', 'main', 0, 1, 0, 1)""",
+            """INSERT INTO stock_level (sku, warehouse, available, held, sold, total, version)
+               VALUES ('SKU-2', 'main', 0, 1, 0, 1, 1)""",
             """INSERT INTO stock_task_detail (id, task_id, order_id, sku, warehouse, quantity, status, changed_us)
                SELECT 1, task_id, order_id, 'SKU-2', 'main', 1, 1, changed_us FROM stock_task_detail
                WHERE id = :pending_detail""",
@@ -374,14 +385,15 @@ async def facts(start_system: StartSystem, settings: Settings) -> Facts:
     await clean_in_time(system, clock)
 
     async def at_rest() -> bool:
-        return await count(system, "SELECT id FROM hf_message") == 1  # the deadline of the order that waits
+        # All that is left is the deadline of the order that waits, and what guards the holds.
+        return await count(system, WAITING) == 1
 
     await in_time(clock, at_rest, "all messages are handled")
     await system.stop_work()
     clock.advance(1)
     assert (await audit(system.database, clock, 0)).clean
     details = {row["order_id"]: row["id"] for row in await rows(system, "SELECT id, order_id FROM stock_task_detail")}
-    (message,) = await rows(system, "SELECT id FROM hf_message")
+    (message,) = await rows(system, WAITING)
     names: dict[str, int | str] = {
         "sku": "SKU-1",
         "now": clock.now_us(),

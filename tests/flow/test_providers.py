@@ -57,11 +57,13 @@ def both(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every system have two providers."""
     built = bootstrap._providers
 
-    def two(settings: Settings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack) -> Any:
+    async def two(
+        settings: Settings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
+    ) -> Any:
         found: dict[str, Provider] = {"other": Other(SandboxBook(database, group, clock), clock)}
         chosen = settings.payments.provider
         sandbox = msgspec.structs.replace(settings.payments, provider="sandbox")
-        found |= built(msgspec.structs.replace(settings, payments=sandbox), database, group, clock, stack)
+        found |= await built(msgspec.structs.replace(settings, payments=sandbox), database, group, clock, stack)
         assert chosen in found
         return found
 

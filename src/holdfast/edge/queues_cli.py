@@ -17,6 +17,8 @@ from holdfast.errors import InvalidInput
 from holdfast.messaging.topology import Topology
 from holdfast.messaging.topology_plan import Change, plan
 from holdfast.messaging.transports.sql import insight, routing
+from holdfast.services.contracts.topology import topology
+from holdfast.settings import load
 
 T = TypeVar("T")
 
@@ -30,7 +32,7 @@ Prune = Annotated[bool, typer.Option("--prune", help="Remove bindings of these q
 Wanted = Annotated[
     str, typer.Option("--topology", help="MODULE:NAME of the wanted Topology; the order engine's if not given.")
 ]
-OURS = "holdfast.services.contracts.topology:TOPOLOGY"
+OURS = "holdfast.services.contracts.topology:topology"
 
 app = typer.Typer(
     name="queues",
@@ -70,9 +72,9 @@ def list_queues(
 
 
 @app.command("plan")
-def show_plan(topology: Wanted = OURS, prune: Prune = False, as_json: AsJson = False) -> None:
+def show_plan(wanted_topology: Wanted = OURS, prune: Prune = False, as_json: AsJson = False) -> None:
     """What `apply` would change; ends with status 1 when there is something."""
-    wanted = _wanted(topology)
+    wanted = _wanted(wanted_topology)
 
     async def compare(database: Database) -> list[Change]:
         async with database.read() as tx:
@@ -84,9 +86,9 @@ def show_plan(topology: Wanted = OURS, prune: Prune = False, as_json: AsJson = F
 
 
 @app.command("apply")
-def make(topology: Wanted = OURS, prune: Prune = False, as_json: AsJson = False) -> None:
+def make(wanted_topology: Wanted = OURS, prune: Prune = False, as_json: AsJson = False) -> None:
     """Make the queues as they should be, in one transaction; messages stay where they are."""
-    wanted = _wanted(topology)
+    wanted = _wanted(wanted_topology)
     now_us = SystemClock().now_us()
 
     async def change(database: Database) -> list[Change]:
@@ -175,6 +177,8 @@ def _tell(changes: list[Change], as_json: bool) -> None:
 
 
 def _wanted(name: str) -> Topology:
+    if name == OURS:
+        return topology(load().stock.guard_ms)
     module, colon, attribute = name.partition(":")
     if not colon:
         raise InvalidInput(f"--topology: write MODULE:NAME, as in {OURS}, not {name[:100]!r}")

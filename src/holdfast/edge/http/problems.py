@@ -22,7 +22,7 @@ from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.orders.model import CartEmpty, MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
 from holdfast.services.payments.service import PaymentNotFound, UnknownProvider
-from holdfast.services.stock.actions import UnknownSku
+from holdfast.services.stock.model import LevelChanged, UnknownLevel, UnknownSku
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = "1"
@@ -53,6 +53,12 @@ class Forbidden(HoldfastError):
     code = "forbidden"
 
 
+class PreconditionRequired(HoldfastError):
+    """This changes what others change too: send If-Match with the ETag of what you decided on."""
+
+    code = "precondition_required"
+
+
 class BodyTooLarge(HoldfastError):
     """The body is larger than this server takes."""
 
@@ -65,6 +71,9 @@ STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (Forbidden, 403),
     (OrderNotFound, 404),
     (UnknownSku, 404),
+    (UnknownLevel, 404),
+    (LevelChanged, 412),
+    (PreconditionRequired, 428),
     (UnknownProvider, 404),
     (PaymentNotFound, 404),
     (KeyReused, 422),
@@ -87,9 +96,11 @@ _TITLES = {
     405: "Method not allowed",
     408: "Too slow",
     409: "Not possible",
+    412: "Changed meanwhile",
     413: "Too large",
     415: "Wrong content type",
     422: "Cannot be processed",
+    428: "Say what it is based on",
     431: "Too large",
     500: "Our fault",
     503: "Try again",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import msgspec
 
+from holdfast.edge.http.problems import PreconditionRequired
 from holdfast.errors import InvalidInput
 from holdfast.services.orders.model import IdempotencyKey
 
 T = TypeVar("T")
+
+_TAG = re.compile(r'\s*(W/)?"([\x21\x23-\x7e]*)"\s*(,|$)')
 
 
 def body_of(kind: type[T]) -> Callable[[bytes], T]:
@@ -37,3 +41,25 @@ def idempotency_key(headers: Mapping[str, str]) -> str:
     except msgspec.ValidationError as error:
         raise InvalidInput(f"the header Idempotency-Key is missing or wrong: {error}") from None
     return key
+
+
+def if_match(headers: Mapping[str, str]) -> frozenset[str] | None:
+    """The header If-Match: the tags that will do, None for any (`*`), compared strongly, so weak ones never fit.
+
+    Raises `PreconditionRequired` without one, `InvalidInput` for what is no list of entity tags.
+    """
+    given = headers.get("if-match")
+    if given is None:
+        raise PreconditionRequired()
+    if given.strip() == "*":
+        return None
+    tags: set[str] = set()
+    at, more = 0, True
+    while more:
+        tag = _TAG.match(given, at)
+        if tag is None:
+            raise InvalidInput('the header If-Match is wrong: send an ETag as it came, such as "7", or *')
+        if not tag[1]:
+            tags.add(tag[2])
+        at, more = tag.end(), tag[3] == ","
+    return frozenset(tags)

@@ -19,6 +19,7 @@ KEY_ORDER_COMPLETED = "order.completed"
 KEY_ORDER_REFUNDED = "order.refunded"
 KEY_CART_ORDERED = "order.create"
 KEY_STOCK_LOCKED = "stock.locked"
+KEY_STOCK_RELEASE = "stock.release"
 KEY_PAY_SUCCESS = "pay.success"
 KEY_PAY_REFUND = "pay.refund"
 
@@ -28,6 +29,7 @@ ORDER_ARRIVING_QUEUE = "order.complete.order.queue"
 CART_CLEAR_QUEUE = "cart.clear.queue"
 ORDER_DUE_QUEUE = "order.release.order.queue"
 STOCK_RELEASE_QUEUE = "stock.release.stock.queue"
+STOCK_DELAY_QUEUE = "stock.delay.queue"
 STOCK_DEDUCT_QUEUE = "stock.deduct.stock.queue"
 PAY_SUCCESS_QUEUE = "trade.pay.success.queue"
 PAY_REFUND_QUEUE = "pay.refund.queue"
@@ -58,3 +60,24 @@ TOPOLOGY = Topology(
         Binding(exchange=PAY, queue=PAY_REFUND_QUEUE, routing_key=KEY_PAY_REFUND),
     ),
 )
+
+
+def topology(guard_ms: int) -> Topology:
+    """All of it, with what depends on settings: how long a hold stands before somebody looks after it.
+
+    Every `stock.locked` waits in a queue that nobody consumes; when its time is over it goes to the release queue.
+    """
+    guard = Queue(
+        name=STOCK_DELAY_QUEUE,
+        message_ttl_ms=guard_ms,
+        dead_letter_exchange=STOCK_EVENTS,
+        dead_letter_routing_key=KEY_STOCK_RELEASE,
+    )
+    return TOPOLOGY + Topology(
+        exchanges=(Exchange(name=STOCK_EVENTS, kind="topic"),),
+        queues=(guard, Queue(name=STOCK_RELEASE_QUEUE)),
+        bindings=(
+            Binding(exchange=STOCK_EVENTS, queue=STOCK_DELAY_QUEUE, routing_key=KEY_STOCK_LOCKED),
+            Binding(exchange=STOCK_EVENTS, queue=STOCK_RELEASE_QUEUE, routing_key="stock.release.#"),
+        ),
+    )

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from holdfast.db.database import Tx
+from holdfast.errors import HoldfastError
 from holdfast.services.contracts.values import Bill, Line, PaymentRef, Price, Shortage, TradeEnd, Wanted
 
 
@@ -24,8 +25,11 @@ class Stock(Protocol):
         """Let no other transaction hold units of these SKUs before this one has ended."""
         ...
 
-    async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> Sequence[Shortage | None]:
-        """Hold stock for orders in the given order, each all or nothing; None says that it is held."""
+    async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> Sequence[Shortage | HoldfastError | None]:
+        """Hold stock for orders in the given order, each all or nothing; None says that it is held.
+
+        Safe to repeat with the same lines; an order that was told to give back its stock is refused for good.
+        """
         ...
 
 

@@ -119,7 +119,9 @@ class PlaceOrders:
         for draft in drafts:
             if not isinstance(draft, _Draft):
                 answers.append(draft)
-            elif (short := next(shortages)) is not None:
+            elif isinstance(short := next(shortages), HoldfastError):
+                answers.append(short)
+            elif short is not None:
                 answers.append(SoldOut(f"of SKU {short.sku!r} {short.available} are left, {short.wanted} were wanted"))
             else:
                 held.append(draft)

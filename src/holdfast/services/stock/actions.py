@@ -1,16 +1,15 @@
-"""Verbs of stock: receive, reserve, release, deduct. Each takes a batch within the caller's transaction."""
+"""Verbs of stock: reserve, release, deduct. Each takes a batch within the caller's transaction."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import select
+import msgspec
 
 from holdfast.clock import Clock
 from holdfast.db.database import Tx
-from holdfast.db.prepared import insert
-from holdfast.errors import HoldfastError, Refused
+from holdfast.errors import HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.draft import Draft
 from holdfast.messaging.outbox import Outbox
@@ -19,21 +18,21 @@ from holdfast.services.contracts.events import StockLocked
 from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.contracts.values import Price, Shortage, Wanted
 from holdfast.services.stock import store
-from holdfast.services.stock.model import DEDUCTED, HELD, RELEASED, Detail, Receipt, Sku, allocate
+from holdfast.services.stock.model import (
+    DEDUCTED,
+    HELD,
+    RELEASED,
+    Detail,
+    Held,
+    Hold,
+    HoldMissing,
+    again,
+    allocate,
+    take_part,
+    units,
+)
 
 Shifts = dict[tuple[str, str], tuple[int, int, int]]
-
-
-class UnknownSku(Refused):
-    """There is no such SKU."""
-
-    code = "sku_not_found"
-
-
-class HoldMissing(HoldfastError):
-    """A paid order has no held stock to deduct; a human has to look."""
-
-    code = "hold_missing"
 
 
 class Stock:
@@ -44,26 +43,6 @@ class Stock:
         self._ids = ids
         self._outbox = outbox
 
-    async def keep_skus(self, tx: Tx, given: Sequence[Sku]) -> list[Sku | HoldfastError]:
-        """Create SKUs or change their title and price; orders keep the price they were placed at."""
-        for sku in given:
-            values = {
-                "title": sku.title,
-                "price_minor": sku.price_minor,
-                "currency": sku.currency,
-                "order_max": sku.order_max,
-                "buyer_max": sku.buyer_max,
-                "time_out_ms": sku.time_out_ms,
-                "changed_us": self._clock.now_us(),
-            }
-            statement = insert(tx.dialect, store.skus).values(sku=sku.sku, **values)
-            await tx.execute(statement.on_conflict_do_update(index_elements=["sku"], set_=values))
-        return list(given)
-
-    async def receive(self, tx: Tx, receipts: Sequence[Receipt]) -> list[HoldfastError | None]:
-        """Book units that came in, each receipt once by its key; refuses an unknown SKU."""
-        return [await self._receive_one(tx, receipt) for receipt in receipts]
-
     async def prices(self, tx: Tx, wanted: Collection[str]) -> Mapping[str, Price]:
         """The prices of those SKUs that exist."""
         return await store.read_prices(tx, wanted)
@@ -72,26 +51,32 @@ class Stock:
         """Let no other transaction hold units of these SKUs before this one has ended."""
         await store.lock_levels(tx, skus)
 
-    async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> list[Shortage | None]:
+    async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> list[Shortage | HoldfastError | None]:
         """Hold stock for orders in the given order, each all or nothing; None says that it is held.
 
         Writes a work order with a detail per SKU and warehouse, the counters, the ledger, and `stock.locked` for each
-        detail, which exists if and only if `tx` commits. An order id is held once: the second try is a `Conflict`.
+        detail, which exists if and only if `tx` commits. An order id is held once: asking again for the same changes
+        nothing, other lines are `HoldDiffers`, and what was given back, be it before it was asked for, is `HoldEnded`.
         """
         rows = await store.lock_levels(tx, {line.sku for order in orders for line in order.lines})
         shelf = {(row.sku, row.warehouse): row.available for row in rows}
         by_sku: dict[str, list[tuple[str, str]]] = {}
         for row in rows:
             by_sku.setdefault(row.sku, []).append((row.sku, row.warehouse))
-        outcomes: list[Shortage | None] = []
+        before = await store.holds(tx, {order.order_id for order in orders})
+        outcomes: list[Shortage | HoldfastError | None] = []
         held: list[tuple[Wanted, list[Detail]]] = []
         for order in orders:
+            if order.order_id in before:
+                outcomes.append(again(before[order.order_id], order.lines))
+                continue
             taken = allocate(shelf, by_sku, order.lines)
             if isinstance(taken, Shortage):
                 outcomes.append(taken)
             else:
                 outcomes.append(None)
                 held.append((order, taken))
+                before[order.order_id] = Hold(lines=units(order.lines), ended=False)
         if held:
             await self._write_holds(tx, held)
         return outcomes
@@ -99,9 +84,16 @@ class Stock:
     async def release(self, tx: Tx, order_ids: Collection[int]) -> int:
         """Give back what is still held for these orders; answers how many details moved.
 
-        Safe to repeat and in any order of arrival: only a detail that is held moves, and it moves once.
+        Safe to repeat and in any order of arrival: only a detail that is held moves, and it moves once. An order that
+        holds nothing yet will never hold anything: its later `reserve` is refused.
         """
-        moved = await store.move_details(tx, order_ids, RELEASED, self._clock.now_us())
+        now_us = self._clock.now_us()
+        moved = list(await store.move_details(tx, order_ids, RELEASED, now_us))
+        if missing := set(order_ids) - {row.order_id for row in moved}:
+            doors = [{"id": self._ids.next(), "order_id": each, "created_us": now_us} for each in sorted(missing)]
+            # Who has a work order got it before, or from a transaction that this one had to wait for.
+            if known := missing - await store.close_doors(tx, doors):
+                moved += await store.move_details(tx, known, RELEASED, now_us)
         await self._book(tx, "release", moved, available=1, held=-1, sold=0)
         return len(moved)
 
@@ -117,49 +109,47 @@ class Stock:
         await self._book(tx, "deduct", moved, available=0, held=-1, sold=1)
         return len(moved)
 
-    async def _receive_one(self, tx: Tx, receipt: Receipt) -> HoldfastError | None:
-        known = await tx.execute(select(store.skus.c.sku).where(store.skus.c.sku == receipt.sku))
-        if known.first() is None:
-            return UnknownSku(f"there is no SKU {receipt.sku!r}; create it first with PUT /v1/skus/{receipt.sku}")
-        entry = {
-            "id": self._ids.next(),
-            "sku": receipt.sku,
-            "warehouse": receipt.warehouse,
-            "kind": "receive",
-            "cause": receipt.key,
-            "available_delta": receipt.quantity,
-            "held_delta": 0,
-            "sold_delta": 0,
-            "actor": receipt.actor,
-            "at_us": self._clock.now_us(),
-        }
-        booked = (
-            insert(tx.dialect, store.ledger).values(**entry).on_conflict_do_nothing(index_elements=["kind", "cause"])
-        )
-        if (await tx.execute(booked)).rowcount == 0:
-            return await self._booked_before(tx, receipt)
-        await store.keep_warehouse(tx, receipt.warehouse)
-        level = insert(tx.dialect, store.levels).values(
-            sku=receipt.sku,
-            warehouse=receipt.warehouse,
-            available=receipt.quantity,
-            held=0,
-            sold=0,
-            total=receipt.quantity,
-        )
-        more = {
-            "available": store.levels.c.available + level.excluded.available,
-            "total": store.levels.c.total + level.excluded.total,
-        }
-        await tx.execute(level.on_conflict_do_update(index_elements=["sku", "warehouse"], set_=more))
-        return None
+    async def deduct_part(self, tx: Tx, order_id: int, quantities: Mapping[str, int], key: str) -> int:
+        """Turn some of an order's held units (SKU -> units) into sold and leave the rest held, once per key.
 
-    async def _booked_before(self, tx: Tx, receipt: Receipt) -> KeyReused | None:
-        """A receipt booked under this key: the very same one is no news, another one is refused."""
-        found = select(store.ledger).where(store.ledger.c.kind == "receive", store.ledger.c.cause == receipt.key)
-        booked = (await tx.execute(found)).one()
-        same = (booked.sku, booked.warehouse, booked.available_delta)
-        return None if same == (receipt.sku, receipt.warehouse, receipt.quantity) else KeyReused()
+        Answers how many details were sold, 0 when the key was used before. Raises `HoldMissing` for more than is held,
+        `KeyReused` for a key that stands for another part, `InvalidInput` for a part of nothing.
+        """
+        moved = await self._move_part(tx, order_id, quantities, key, "deduct", DEDUCTED)
+        await self._book(tx, "deduct", moved, available=0, held=-1, sold=1)
+        return len(moved)
+
+    async def release_part(self, tx: Tx, order_id: int, quantities: Mapping[str, int], key: str) -> int:
+        """Give back some of an order's held units (SKU -> units), once per key; see `deduct_part`."""
+        moved = await self._move_part(tx, order_id, quantities, key, "release", RELEASED)
+        await self._book(tx, "release", moved, available=1, held=-1, sold=0)
+        return len(moved)
+
+    async def _move_part(
+        self, tx: Tx, order_id: int, quantities: Mapping[str, int], key: str, kind: str, to: int
+    ) -> list[dict[str, Any]]:
+        """Move units of an order to another state; a detail that gives only some of its units is split in two."""
+        now_us = self._clock.now_us()
+        lines = msgspec.json.encode(dict(sorted(quantities.items()))).decode()
+        held = await store.lock_held(tx, order_id)
+        part = {"order_id": order_id, "key": key, "kind": kind, "lines": lines, "at_us": now_us}
+        if (before := await store.part_before(tx, part)) is not None:
+            if (before.kind, before.lines) != (kind, lines):
+                raise KeyReused()
+            return []
+        found = [Held(id=row.id, sku=row.sku, quantity=row.quantity) for row in held.values()]
+        taken = take_part(found, quantities)
+        whole = [held[each]._asdict() for each, quantity in taken.items() if quantity == held[each].quantity]
+        shrunk = {each: quantity for each, quantity in taken.items() if quantity < held[each].quantity}
+        split = [
+            {**held[each]._asdict(), "id": self._ids.next(), "quantity": quantity, "status": to, "changed_us": now_us}
+            for each, quantity in shrunk.items()
+        ]
+        await store.move_some(tx, [row["id"] for row in whole], to, now_us)
+        await store.shrink(tx, shrunk)
+        await store.insert_details.many(tx, split)
+        await self._book(tx, "split", split, available=0, held=0, sold=0)
+        return whole + split
 
     async def _write_holds(self, tx: Tx, held: Sequence[tuple[Wanted, Sequence[Detail]]]) -> None:
         now_us = self._clock.now_us()
@@ -238,6 +228,8 @@ class Stock:
                     "sold_delta": by[2],
                     "actor": "system",
                     "at_us": now_us,
+                    "reason": None,
+                    "counted": None,
                 }
             )
         await store.shift_levels(tx, shifts)

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     bindparam,
+    func,
     select,
     update,
 )
@@ -24,7 +25,7 @@ from holdfast.db.database import Dialect, Tx
 from holdfast.db.prepared import InsertAll, Prepared, among, insert
 from holdfast.services.contracts.values import Price
 from holdfast.services.schema import metadata
-from holdfast.services.stock.model import HELD, Level
+from holdfast.services.stock.model import HELD, RELEASED, Hold
 
 warehouses = Table(
     "stock_warehouse",
@@ -57,11 +58,13 @@ levels = Table(
     Column("held", BigInteger, nullable=False),
     Column("sold", BigInteger, nullable=False),
     Column("total", BigInteger, nullable=False),
+    Column("version", BigInteger, nullable=False),  # raised by every change: the level's ETag
     CheckConstraint("available >= 0 AND held >= 0 AND sold >= 0", name="never_negative"),
     CheckConstraint("available + held + sold = total", name="sums_up"),
 )
 
-# The work order: one header per order, a detail per SKU and warehouse.
+# The work order: one header per order, a detail per SKU and warehouse. A header without details belongs to an order
+# that gave its stock back before it asked for any.
 tasks = Table(
     "stock_task",
     metadata,
@@ -92,6 +95,17 @@ Index(
     postgresql_where=details.c.status == HELD,
 )
 
+# Parts of orders that moved on by themselves, each once by its key.
+parts = Table(
+    "stock_part",
+    metadata,
+    Column("order_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("key", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("lines", Text, nullable=False),  # SKU -> units, JSON in order of SKU
+    Column("at_us", BigInteger, nullable=False),
+)
+
 # Append-only. `cause` names what moved the units; with the kind it is unique, so no movement is booked twice.
 ledger = Table(
     "stock_ledger",
@@ -106,7 +120,9 @@ ledger = Table(
     Column("sold_delta", BigInteger, nullable=False),
     Column("actor", Text, nullable=False),
     Column("at_us", BigInteger, nullable=False),
-    CheckConstraint("kind IN ('receive', 'reserve', 'release', 'deduct')", name="kind"),
+    Column("reason", Text),
+    Column("counted", BigInteger),  # what a count found
+    CheckConstraint("kind IN ('receive', 'reserve', 'release', 'deduct', 'split', 'adjust', 'count')", name="kind"),
     UniqueConstraint("kind", "cause", name="uq_stock_ledger_kind_cause"),
 )
 
@@ -135,6 +151,7 @@ def _shift_levels(_: Dialect) -> Executable:
             available=levels.c.available + bindparam("by_available", type_=BigInteger),
             held=levels.c.held + bindparam("by_held", type_=BigInteger),
             sold=levels.c.sold + bindparam("by_sold", type_=BigInteger),
+            version=levels.c.version + 1,
         )
     )
 
@@ -158,6 +175,34 @@ def _move_details(dialect: Dialect) -> Executable:
 _LOCK_LEVELS = Prepared(_lock_levels)
 _SHIFT_LEVELS = Prepared(_shift_levels)
 _MOVE_DETAILS = Prepared(_move_details)
+_ASKED_BEFORE = Prepared(lambda dialect: select(tasks.c.order_id).where(among(dialect, tasks.c.order_id, "order_ids")))
+_DETAILS_OF = Prepared(
+    lambda dialect: select(details.c.order_id, details.c.sku, details.c.quantity, details.c.status).where(
+        among(dialect, details.c.order_id, "order_ids")
+    )
+)
+_LOCK_HELD = Prepared(
+    lambda _: (
+        select(details)
+        .where(details.c.order_id == bindparam("of_order"), details.c.status == bindparam("held"))
+        .order_by(details.c.id)
+        .with_for_update()
+    )
+)
+_MOVE_SOME = Prepared(
+    lambda dialect: (
+        update(details)
+        .where(among(dialect, details.c.id, "detail_ids"), details.c.status == bindparam("held"))
+        .values(status=bindparam("to_status"), changed_us=bindparam("now_us"))
+    )
+)
+_SHRINK = Prepared(
+    lambda _: (
+        update(details)
+        .where(details.c.id == bindparam("of_detail"), details.c.status == HELD)
+        .values(quantity=details.c.quantity - bindparam("by", type_=BigInteger))
+    )
+)
 _IN_STATE = Prepared(
     lambda dialect: (
         select(details.c.order_id)
@@ -165,15 +210,20 @@ _IN_STATE = Prepared(
         .distinct()
     )
 )
+_STILL_HELD = Prepared(
+    lambda dialect: select(details.c.id).where(
+        among(dialect, details.c.id, "detail_ids"), details.c.status == bindparam("held")
+    )
+)
 _HELD_ORDERS = Prepared(
     lambda _: (
-        select(details.c.order_id)
+        select(details.c.order_id, func.max(details.c.changed_us).label("held_us"))
         .where(
             details.c.status == bindparam("held"),
             details.c.changed_us < bindparam("before_us"),
             details.c.order_id > bindparam("after"),
         )
-        .distinct()
+        .group_by(details.c.order_id)
         .order_by(details.c.order_id)
         .limit(bindparam("room", type_=BigInteger))
     )
@@ -205,15 +255,65 @@ async def move_details(tx: Tx, order_ids: Collection[int], to: int, now_us: int)
     return await _MOVE_DETAILS.rows(tx, order_ids=sorted(order_ids), held=HELD, to_status=to, now_us=now_us)
 
 
+async def holds(tx: Tx, order_ids: Collection[int]) -> dict[int, Hold]:
+    """What those of the orders were given that asked for stock, or gave it back, before."""
+    asked = [row.order_id for row in await _ASKED_BEFORE.rows(tx, order_ids=sorted(order_ids))]
+    if not asked:
+        return {}
+    lines: dict[int, dict[str, int]] = {order_id: {} for order_id in asked}
+    alive: set[int] = set()
+    for row in await _DETAILS_OF.rows(tx, order_ids=asked):
+        of_order = lines[row.order_id]
+        of_order[row.sku] = of_order.get(row.sku, 0) + row.quantity
+        if row.status != RELEASED:
+            alive.add(row.order_id)
+    return {order_id: Hold(lines=of_order, ended=order_id not in alive) for order_id, of_order in lines.items()}
+
+
+async def close_doors(tx: Tx, rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Write headers without details for orders that have none; answers those orders."""
+    statement = insert(tx.dialect, tasks).values(rows).on_conflict_do_nothing(index_elements=["order_id"])
+    return set((await tx.execute(statement.returning(tasks.c.order_id))).scalars())
+
+
+async def lock_held(tx: Tx, order_id: int) -> dict[int, Any]:
+    """Lock the held details of an order, in order of id, and return them by id."""
+    return {row.id: row for row in await _LOCK_HELD.rows(tx, of_order=order_id, held=HELD)}
+
+
+async def move_some(tx: Tx, detail_ids: Collection[int], to: int, now_us: int) -> None:
+    """Move these held details, which are locked, to another state."""
+    await _MOVE_SOME.rows(tx, detail_ids=sorted(detail_ids), held=HELD, to_status=to, now_us=now_us)
+
+
+async def shrink(tx: Tx, by: Mapping[int, int]) -> None:
+    """Take units out of held details, which are locked."""
+    await _SHRINK.many(tx, [{"of_detail": detail_id, "by": quantity} for detail_id, quantity in sorted(by.items())])
+
+
+async def part_before(tx: Tx, part: Mapping[str, Any]) -> Any | None:
+    """Note that a part moves on under its key; answers what was noted there before, None if nothing was."""
+    noted = insert(tx.dialect, parts).values(**part).on_conflict_do_nothing(index_elements=["order_id", "key"])
+    if (await tx.execute(noted)).rowcount:
+        return None
+    same = select(parts).where(parts.c.order_id == part["order_id"], parts.c.key == part["key"])
+    return (await tx.execute(same)).one()
+
+
 async def orders_in_state(tx: Tx, order_ids: Collection[int], state: int) -> set[int]:
     """Those of the orders that have a detail in this state."""
     return {row.order_id for row in await _IN_STATE.rows(tx, order_ids=sorted(order_ids), state=state)}
 
 
-async def held_orders(tx: Tx, before_us: int, after: int, limit: int) -> list[int]:
-    """Orders with units held since before an instant, in order of id, after the given one."""
+async def still_held(tx: Tx, detail_ids: Collection[int]) -> set[int]:
+    """Those of the details that are held."""
+    return {row.id for row in await _STILL_HELD.rows(tx, detail_ids=sorted(detail_ids), held=HELD)}
+
+
+async def held_orders(tx: Tx, before_us: int, after: int, limit: int) -> dict[int, int]:
+    """Orders with units held since before an instant -> since when, in order of id, after the given one."""
     rows = await _HELD_ORDERS.rows(tx, held=HELD, before_us=before_us, after=after, room=limit)
-    return [row.order_id for row in rows]
+    return {row.order_id: row.held_us for row in rows}
 
 
 async def read_prices(tx: Tx, wanted: Collection[str]) -> dict[str, Price]:
@@ -229,16 +329,3 @@ async def read_prices(tx: Tx, wanted: Collection[str]) -> dict[str, Price]:
         )
         for row in rows
     }
-
-
-async def keep_warehouse(tx: Tx, code: str) -> None:
-    """Make a warehouse exist; its priority is 100 unless somebody says otherwise."""
-    await tx.execute(insert(tx.dialect, warehouses).values(code=code, priority=100).on_conflict_do_nothing())
-
-
-async def read_levels(tx: Tx, sku: str | None) -> list[Level]:
-    """The levels of one SKU, or of all."""
-    statement = select(levels).order_by(levels.c.sku, levels.c.warehouse)
-    if sku is not None:
-        statement = statement.where(levels.c.sku == sku)
-    return [Level(**row._mapping) for row in await tx.execute(statement)]

@@ -213,7 +213,12 @@ def upgrade() -> None:
         sa.Column("sold_delta", sa.BigInteger(), nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("at_us", sa.BigInteger(), nullable=False),
-        sa.CheckConstraint("kind IN ('receive', 'reserve', 'release', 'deduct')", name=op.f("ck_stock_ledger_kind")),
+        sa.Column("reason", sa.Text(), nullable=True),
+        sa.Column("counted", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint(
+            "kind IN ('receive', 'reserve', 'release', 'deduct', 'split', 'adjust', 'count')",
+            name=op.f("ck_stock_ledger_kind"),
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_stock_ledger")),
         sa.UniqueConstraint("kind", "cause", name="uq_stock_ledger_kind_cause"),
     )
@@ -225,9 +230,19 @@ def upgrade() -> None:
         sa.Column("held", sa.BigInteger(), nullable=False),
         sa.Column("sold", sa.BigInteger(), nullable=False),
         sa.Column("total", sa.BigInteger(), nullable=False),
+        sa.Column("version", sa.BigInteger(), nullable=False),
         sa.CheckConstraint("available + held + sold = total", name=op.f("ck_stock_level_sums_up")),
         sa.CheckConstraint("available >= 0 AND held >= 0 AND sold >= 0", name=op.f("ck_stock_level_never_negative")),
         sa.PrimaryKeyConstraint("sku", "warehouse", name=op.f("pk_stock_level")),
+    )
+    op.create_table(
+        "stock_part",
+        sa.Column("order_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("lines", sa.Text(), nullable=False),
+        sa.Column("at_us", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("order_id", "key", name=op.f("pk_stock_part")),
     )
     op.create_table(
         "stock_sku",
@@ -293,6 +308,7 @@ def downgrade() -> None:
     op.drop_table("stock_task_detail")
     op.drop_table("stock_task")
     op.drop_table("stock_sku")
+    op.drop_table("stock_part")
     op.drop_table("stock_level")
     op.drop_table("stock_ledger")
     op.drop_table("sandbox_trade")
