@@ -49,8 +49,11 @@ SERVICE_RANKS: dict[str, int] = {
     "place": 2,
     "actions": 2,
     "sandbox": 2,
+    "refund_store": 2,
     "transitions": 3,
+    "refunds": 3,
     "service": 4,
+    "refund_service": 4,
     "listeners": 5,
 }
 """Inside a service a module imports only modules of a lower rank; a new kind of module needs a rank here."""

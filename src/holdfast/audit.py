@@ -206,10 +206,13 @@ MONEY = (
     ),
     Check(
         name="money.paid",
-        promise="of a paid order, captured minus refunded is its amount",
+        promise="of a paid order, captured minus refunded is its amount, but for what staff gave back",
         query="""SELECT o.id AS order_id, o.amount_minor, payment.captured_minor, payment.refunded_minor
                  FROM order_order o JOIN payment_order payment ON payment.order_id = o.id
-                 WHERE o.status = 'paid' AND payment.captured_minor - payment.refunded_minor <> o.amount_minor""",
+                 WHERE o.status = 'paid' AND payment.captured_minor - payment.refunded_minor
+                       + coalesce((SELECT sum(refund.amount_minor) FROM payment_refund refund
+                                   WHERE refund.payment_id = payment.id AND refund.kind = 'staff'
+                                     AND refund.status = 'done'), 0) <> o.amount_minor""",
     ),
     Check(
         name="money.kept",
@@ -228,6 +231,12 @@ MONEY = (
                    AND payment.changed_us < :now_us - :slack_us""",
     ),
     Check(
+        name="money.unaccepted",
+        promise="an order or a refund took charge of captured money",
+        query="""SELECT id AS payment_id, order_id, captured_minor FROM payment_order
+                 WHERE status = 3 AND accepted_us IS NULL AND changed_us < :now_us - :slack_us""",
+    ),
+    Check(
         name="money.payable",
         promise="an order that waits for payment can be paid",
         query="""SELECT o.id AS order_id, payment.status FROM order_order o
@@ -236,13 +245,16 @@ MONEY = (
     ),
     Check(
         name="money.refunds",
-        promise="refunded money equals the refunds that are done",
-        query="""SELECT payment.id AS payment_id, payment.refunded_minor,
-                        coalesce(sum(refund.amount_minor), 0) AS by_refunds
-                 FROM payment_order payment
-                 LEFT JOIN payment_refund refund ON refund.payment_id = payment.id AND refund.status = 'done'
-                 GROUP BY payment.id, payment.refunded_minor
-                 HAVING payment.refunded_minor <> coalesce(sum(refund.amount_minor), 0)""",
+        promise="refunded and reserved money equals the refunds that are done and pending",
+        query="""SELECT payment.id AS payment_id, payment.refunded_minor, payment.refunding_minor,
+                        coalesce(sum(CASE refund.status WHEN 'done' THEN refund.amount_minor END), 0) AS by_refunds,
+                        coalesce(sum(CASE refund.status WHEN 'pending' THEN refund.amount_minor END), 0) AS by_pending
+                 FROM payment_order payment LEFT JOIN payment_refund refund ON refund.payment_id = payment.id
+                 GROUP BY payment.id, payment.refunded_minor, payment.refunding_minor
+                 HAVING payment.refunded_minor
+                        <> coalesce(sum(CASE refund.status WHEN 'done' THEN refund.amount_minor END), 0)
+                     OR payment.refunding_minor
+                        <> coalesce(sum(CASE refund.status WHEN 'pending' THEN refund.amount_minor END), 0)""",
     ),
     Check(
         name="money.refund_overdue",

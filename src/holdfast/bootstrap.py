@@ -35,6 +35,8 @@ from holdfast.services.orders.service import OrderService
 from holdfast.services.orders.transitions import Transitions
 from holdfast.services.payments import listeners as payment_listeners
 from holdfast.services.payments.actions import Payments
+from holdfast.services.payments.refund_service import RefundService
+from holdfast.services.payments.refunds import Refunds
 from holdfast.services.payments.sandbox import Sandbox
 from holdfast.services.payments.service import PaymentService
 from holdfast.services.schema import HISTORY as SERVICES_HISTORY
@@ -59,6 +61,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     orders: OrderService
     stock: StockService
     payments: PaymentService
+    refunds: RefundService
     sandbox: Sandbox
     listens: tuple[Listen, ...]
     sweepers: list[Sweeper]
@@ -136,9 +139,11 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         )
         group, ids, outbox = bus.group, bus.ids, bus.outbox
         stock_group = await stack.enter_async_context(_stock_writer(database, group, clock, settings.database))
-        sandbox = _sandbox(settings, group, clock)
+        sandbox = _sandbox(settings, database, group, clock)
         payments = Payments(clock, ids, outbox, sandbox, settings.payments.merchant_id)
         payment_service = PaymentService(database, group, payments, sandbox, clock)
+        refunds = Refunds(clock, ids, outbox)
+        refund_service = RefundService(database, group, refunds, {sandbox.name: sandbox}, clock)
         stock = Stock(clock, ids, outbox)
         place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
         transitions = Transitions(clock, ids, outbox, payments)
@@ -147,7 +152,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         listens = (
             *order_listeners.listeners(orders, transitions),
             *stock_listeners.listeners(stock, stock_group),
-            *payment_listeners.listeners(payments, payment_service),
+            *payment_listeners.listeners(refunds, refund_service),
         )
         system = System(
             settings=settings,
@@ -157,9 +162,10 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             orders=orders,
             stock=stock_service,
             payments=payment_service,
+            refunds=refund_service,
             sandbox=sandbox,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
-            sweepers=_sweepers(orders, stock_service, payment_service, settings, clock),
+            sweepers=_sweepers(orders, stock_service, payment_service, refund_service, settings, clock),
         )
         stack.push_async_callback(system.stop_work)
         yield system
@@ -193,7 +199,7 @@ async def _stock_writer(
         await writer.close()
 
 
-def _sandbox(settings: Settings, group: GroupCommit, clock: Clock) -> Sandbox:
+def _sandbox(settings: Settings, database: Database, group: GroupCommit, clock: Clock) -> Sandbox:
     secret = settings.payments.sandbox_secret.reveal()
     if not settings.payments.sandbox:
         raise InvalidSettings(
@@ -202,7 +208,7 @@ def _sandbox(settings: Settings, group: GroupCommit, clock: Clock) -> Sandbox:
         )
     if len(secret) < 16:
         raise InvalidSettings("HOLDFAST_PAYMENTS__SANDBOX_SECRET needs at least 16 characters")
-    return Sandbox(group, clock, secret, settings.payments.merchant_id, settings.payments.notice_tolerance_ms)
+    return Sandbox(database, group, clock, secret, settings.payments.merchant_id, settings.payments.notice_tolerance_ms)
 
 
 def _tuned(listen: Listen, settings: MessagingSettings) -> Listen:
@@ -221,7 +227,12 @@ def _tuned(listen: Listen, settings: MessagingSettings) -> Listen:
 
 
 def _sweepers(
-    orders: OrderService, stock: StockService, payments: PaymentService, settings: Settings, clock: Clock
+    orders: OrderService,
+    stock: StockService,
+    payments: PaymentService,
+    refunds: RefundService,
+    settings: Settings,
+    clock: Clock,
 ) -> list[Sweeper]:
     """The guards; each looks for what is late by one of its intervals, since messages should have come by then."""
     of_orders, of_payments = settings.orders.sweep_ms, settings.payments.sweep_ms
@@ -229,4 +240,5 @@ def _sweepers(
         Sweeper("orders", of_orders, lambda: orders.sweep(of_orders), clock),
         Sweeper("stock", of_orders, lambda: stock.sweep(of_orders), clock),
         Sweeper("payments", of_payments, lambda: payments.sweep(of_payments), clock),
+        Sweeper("refunds", of_payments, lambda: refunds.sweep(of_payments), clock),
     ]

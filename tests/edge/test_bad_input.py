@@ -266,6 +266,8 @@ METHODS = {
     "/v1/stocks": {"GET"},
     "/v1/skus/SKU-1": {"PUT"},
     "/v1/stocks/receipts": {"GET", "POST"},
+    "/v1/refunds": {"GET", "POST"},
+    "/v1/refunds/77": {"GET"},
     "/v1/notices/sandbox": {"POST"},
     "/sandbox/pay/a.b": {"POST"},
     "/healthz/live": {"GET"},

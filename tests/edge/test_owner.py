@@ -13,6 +13,7 @@ from litestar import Litestar, get
 
 from holdfast.edge.http.app import build_app
 from holdfast.edge.http.hot import HotRoutes
+from holdfast.edge.http.refunds import REFUNDS
 from holdfast.edge.http.shell import Shell
 from holdfast.edge.http.stock import STOCK
 from holdfast.services.payments.sandbox import SIGNATURE_HEADER
@@ -41,7 +42,7 @@ class Sale(NamedTuple):
             "nobody": {},
             "another": self.counter.bearer("another"),
             "owner": self.counter.bearer(OWNER),
-            "staff": self.counter.bearer("boss", STOCK),
+            "staff": self.counter.bearer("boss", f"{STOCK} {REFUNDS}"),
         }
         headers = {**who[role], **sent.pop("headers", {})}
         return await self.counter.ask(method, path, headers, **sent)
@@ -82,6 +83,12 @@ def receive(sale: Sale, role: Role) -> Any:
     return sale.ask(role, "POST", "/v1/stocks/receipts", headers=headers, body={"sku": "SKU-2", "quantity": 1})
 
 
+def refund(sale: Sale, role: Role) -> Any:
+    headers = {"idempotency-key": f"by-{role}"}
+    body = {"paymentId": sale.payment_id, "reason": "not paid yet"}
+    return sale.ask(role, "POST", "/v1/refunds", headers=headers, body=body)
+
+
 def pay(sale: Sale, role: Role) -> Any:
     return sale.ask(role, "POST", sale.pay_url)
 
@@ -105,6 +112,9 @@ MATRIX = [
     Row("GET", "/v1/stocks", 401, 403, 403, 200, plain("GET", "/v1/stocks")),
     Row("PUT", "/v1/skus/{sku}", 401, 403, 403, 200, keep),
     Row("POST", "/v1/stocks/receipts", 401, 403, 403, 201, receive),
+    Row("POST", "/v1/refunds", 401, 403, 403, 409, refund),  # nothing was captured
+    Row("GET", "/v1/refunds", 401, 403, 403, 200, plain("GET", "/v1/refunds")),
+    Row("GET", "/v1/refunds/{refund_id}", 401, 403, 403, 404, plain("GET", "/v1/refunds/77")),
     # Who holds the link may pay, and a notice is believed for its signature: neither asks for a token.
     Row("POST", "/sandbox/pay/{token}", 200, 200, 200, 200, pay),
     Row("POST", "/v1/notices/sandbox", 200, 200, 200, 200, notify),

@@ -35,7 +35,7 @@ from holdfast.services.orders.model import (
 )
 from holdfast.services.orders.service import Expiry
 from holdfast.services.payments.model import PaymentOrder, Verdict
-from holdfast.services.payments.needs import ForgedNotice, TradeAnswer
+from holdfast.services.payments.needs import ForgedNotice, RefundAnswer, RefundEnd, TradeAnswer
 from holdfast.services.payments.sandbox import SIGNATURE_HEADER, TradeClosed
 from holdfast.services.schema import metadata
 from holdfast.services.stock.model import Sku
@@ -756,10 +756,10 @@ class TestPaying:
         refund = system.sandbox.refund
         asked: list[int] = []
 
-        async def done_but_unknown(payment: PaymentOrder, refund_id: int, amount_minor: int) -> bool:
+        async def done_but_unknown(payment: PaymentOrder, refund_id: int, amount_minor: int) -> RefundAnswer:
             asked.append(refund_id)
-            done = await refund(payment, refund_id, amount_minor)  # it happens, but its answer is lost
-            return done and len(asked) > 3
+            answer = await refund(payment, refund_id, amount_minor)  # it happens, but its answer is lost
+            return answer if len(asked) > 3 else RefundAnswer(end=RefundEnd.UNKNOWN)
 
         monkeypatch.setattr(system.sandbox, "refund", done_but_unknown)
         await deliver(system, notice)
@@ -1018,7 +1018,7 @@ class TestAnyOneMessageLost:
         (wish_for_refund,) = await rows(system, "SELECT body FROM hf_message WHERE type = 'refund.requested'")
         request = msgspec.json.decode(wish_for_refund["body"], type=RefundRequested)
         async with system.database.transaction() as tx:
-            await system.payments._payments.request_refunds(tx, [request])
+            await system.refunds._refunds.request_late(tx, [request])
         assert await lose(system, "refund.requested") == 1
         assert await lose(system, "refund.due") == 1
 

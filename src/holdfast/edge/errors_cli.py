@@ -7,8 +7,6 @@ other process writes the file.
 from __future__ import annotations
 
 import asyncio
-import getpass
-import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +17,7 @@ import msgspec
 import typer
 
 from holdfast.clock import SystemClock, rfc3339
-from holdfast.edge.terminal import database_of_settings, print_json, safe, table
+from holdfast.edge.terminal import actor_named, database_of_settings, print_json, safe, table
 from holdfast.errors import InvalidInput
 from holdfast.ids import IdSource
 from holdfast.messaging.codec import BODY_BYTES_MAX
@@ -117,7 +115,7 @@ def edit(
         headers[name] = value
     headers |= dict.fromkeys(drop_header or ())
     new_body = None if body_file is None else _read(body_file)
-    who = _actor(actor)
+    who = actor_named(actor)
     _change(lambda store: store.edit(parked_id, actor=who, body=new_body, headers=headers, reason=reason))
     if as_json:
         print_json({"edited": str(parked_id)})
@@ -137,7 +135,7 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Put parked messages back into their queues; status 1 if one named by id was parked no more."""
-    who = _actor(actor)
+    who = actor_named(actor)
     _told(
         "replayed",
         _change(
@@ -160,7 +158,7 @@ def discard(
     as_json: AsJson = False,
 ) -> None:
     """Give parked messages up for good, which needs a --reason; they can still be shown."""
-    who = _actor(actor)
+    who = actor_named(actor)
     _told(
         "discarded",
         _change(
@@ -191,15 +189,6 @@ async def _store(*, read_only: bool) -> AsyncIterator[ErrorStore]:
     async with database_of_settings(read_only=read_only) as database:
         clock = SystemClock()
         yield ErrorStore(database, clock, IdSource(clock))
-
-
-def _actor(given: str | None) -> str:
-    if given is not None:
-        return given
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # no name belongs to this user, as in some containers
-        return f"uid {os.getuid()}"
 
 
 def _read(name: str) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,22 +14,40 @@ import typer
 from holdfast import observe
 from holdfast.db.connect import connect
 from holdfast.db.database import Database
-from holdfast.db.migrate import require_current
+from holdfast.db.migrate import History, require_current
 from holdfast.messaging.tables import HISTORY
-from holdfast.settings import load
+from holdfast.settings import Settings, load
 
 
 @asynccontextmanager
-async def database_of_settings(*, read_only: bool) -> AsyncIterator[Database]:
+async def database_of_settings(
+    *, read_only: bool, histories: Sequence[History] = (HISTORY,)
+) -> AsyncIterator[Database]:
     """The configured database, migrated; raises what connecting raises, `SchemaOutdated`, `InvalidSettings`."""
-    settings = load()
-    observe.configure_logs(settings.log.format, settings.log.level)
+    settings = settings_with_logs()
     database = await connect(settings.database, read_only=read_only, create=False)
     try:
-        await require_current(database, [HISTORY])  # a program of the toolkit has no other tables
+        await require_current(database, histories)  # a program of the toolkit has no other tables
         yield database
     finally:
         await database.close()
+
+
+def settings_with_logs() -> Settings:
+    """The settings, and logs as they say."""
+    settings = load()
+    observe.configure_logs(settings.log.format, settings.log.level)
+    return settings
+
+
+def actor_named(given: str | None) -> str:
+    """Who does this: the name that was given, or the user of the operating system."""
+    if given is not None:
+        return given
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no name belongs to this user, as in some containers
+        return f"uid {os.getuid()}"
 
 
 def print_json(value: Any) -> None:

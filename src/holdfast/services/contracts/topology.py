@@ -15,6 +15,8 @@ KEY_ORDER_PAID = "order.paid"
 KEY_STOCK_LOCKED = "stock.locked"
 KEY_PAY_SUCCESS = "pay.success"
 KEY_PAY_REFUND = "pay.refund"
+KEY_REFUND_OPENED = "pay.refund.opened"
+KEY_REFUNDED = "pay.refunded"
 
 ORDER_DUE_QUEUE = "order.release.order.queue"
 STOCK_RELEASE_QUEUE = "stock.release.stock.queue"

@@ -72,8 +72,9 @@ class Fate(StrEnum):
 
 
 class TradeEnd(StrEnum):
-    """The provider's answer when asked to close a trade."""
+    """The provider's answer when asked about a trade, or to close it."""
 
+    OPEN = "open"  # nobody paid yet, and somebody still can; never the answer to closing
     CLOSED = "closed"  # or never opened: nobody can pay it any more
     PAID = "paid"  # money was captured; closing is refused
     UNKNOWN = "unknown"  # no answer; never taken for either

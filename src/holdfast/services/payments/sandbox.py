@@ -12,19 +12,19 @@ import hmac
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, date, datetime, timedelta
 
 import msgspec
 from sqlalchemy import BigInteger, CheckConstraint, Column, Table, Text, select
 
 from holdfast.clock import US_PER_MS, US_PER_S, Clock, microseconds, rfc3339
-from holdfast.db.database import Tx
+from holdfast.db.database import Database, Tx
 from holdfast.db.group_commit import GroupCommit
 from holdfast.db.prepared import insert
 from holdfast.errors import HoldfastError, InvalidInput, Refused
 from holdfast.services.contracts.values import Currency, MinorUnits, TradeEnd
 from holdfast.services.payments.model import Capture, PaymentOrder, RowId, Token
-from holdfast.services.payments.needs import ForgedNotice, TradeAnswer
+from holdfast.services.payments.needs import ForgedNotice, RefundAnswer, RefundEnd, StatementLine, TradeAnswer
 from holdfast.services.schema import metadata
 
 NAME = "sandbox"
@@ -91,12 +91,22 @@ class Sandbox:
     """The provider protocol, and the provider's side of the counter (`pay`)."""
 
     name = NAME
+    notice_answer = b"success"
 
-    def __init__(self, group: GroupCommit, clock: Clock, secret: str, merchant_id: str, tolerance_ms: int) -> None:
+    def __init__(
+        self,
+        database: Database,
+        group: GroupCommit,
+        clock: Clock,
+        secret: str,
+        merchant_id: str,
+        tolerance_ms: int,
+    ) -> None:
+        self._database = database
         self._group = group
         self._clock = clock
         self._secret = secret.encode()
-        self._merchant_id = merchant_id
+        self.merchant_id = self._merchant_id = merchant_id
         self._tolerance_us = tolerance_ms * US_PER_MS
 
     def pay_url(self, payment: PaymentOrder) -> str:
@@ -134,6 +144,44 @@ class Sandbox:
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise ForgedNotice(f"the notice is malformed: {error}") from None
 
+    async def query(self, payment: PaymentOrder) -> TradeAnswer:
+        async with self._database.read() as tx:
+            found = (await tx.execute(select(trades).where(trades.c.payment_id == payment.id))).first()
+            return TradeAnswer(end=TradeEnd.OPEN) if found is None else await self._answer(tx, payment)
+
+    async def statement(self, day: date) -> Sequence[StatementLine]:
+        begin = datetime(day.year, day.month, day.day, tzinfo=UTC)
+        since_us, until_us = microseconds(begin), microseconds(begin + timedelta(days=1))
+        async with self._database.read() as tx:
+            paid = (await tx.execute(select(trades).where(trades.c.status == "paid"))).all()
+            back = (await tx.execute(select(given_back))).all()
+        by_payment = {row.payment_id: row for row in paid}
+        lines = [
+            StatementLine(
+                trade_no=row.trade_no,
+                payment_id=row.payment_id,
+                kind="capture",
+                amount_minor=row.amount_minor,
+                currency=row.currency,
+                at_us=row.changed_us,
+            )
+            for row in paid
+        ]
+        for row in back:
+            trade = by_payment.get(row.payment_id)
+            lines.append(
+                StatementLine(
+                    trade_no=trade.trade_no if trade else "",
+                    payment_id=row.payment_id,
+                    refund_id=row.refund_id,
+                    kind="refund",
+                    amount_minor=row.amount_minor,
+                    currency=trade.currency if trade else "",
+                    at_us=row.changed_us,
+                )
+            )
+        return [line for line in lines if since_us <= line.at_us < until_us]
+
     async def close(self, payment: PaymentOrder) -> TradeAnswer:
         try:
             return await self._group.submit(self._close, payment)
@@ -142,15 +190,15 @@ class Sandbox:
                 raise
             return TradeAnswer(end=TradeEnd.UNKNOWN)
 
-    async def refund(self, payment: PaymentOrder, refund_id: int, amount_minor: int) -> bool:
+    async def refund(self, payment: PaymentOrder, refund_id: int, amount_minor: int) -> RefundAnswer:
         row = {"refund_id": refund_id, "payment_id": payment.id, "amount_minor": amount_minor}
         try:
             await self._group.submit(self._refund, row)
         except HoldfastError as error:
             if not error.retryable:
                 raise
-            return False
-        return True
+            return RefundAnswer(end=RefundEnd.UNKNOWN)
+        return RefundAnswer(end=RefundEnd.DONE)
 
     async def pay(self, token: str) -> SignedNotice:
         """The buyer pays by link: the trade is booked and its notice signed; paying again gives the same trade.

@@ -1,11 +1,9 @@
-"""Payments' counter: notices from outside, closing trades before orders close, refunds asked of the provider."""
+"""Payments' counter: notices from outside, closing trades before orders close."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-
-from sqlalchemy import select
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
@@ -48,7 +46,10 @@ class PaymentService:
         """
         if provider != self._provider.name:
             raise UnknownProvider(f"there is no payment provider {provider!r} here")
-        return await self._group.submit(self._payments.apply, self._provider.verify_notice(headers, raw))
+        capture = self._provider.verify_notice(headers, raw)
+        if capture is None:
+            return Verdict.REPEATED
+        return await self._group.submit(self._payments.apply, capture)
 
     async def settle_before_close(self, order_id: int) -> TradeEnd:
         """Make an order's trade unpayable at the provider, or learn that it is paid (then that is applied).
@@ -68,26 +69,9 @@ class PaymentService:
             await self._group.submit(self._payments.apply, answer.capture)
         return answer.end
 
-    async def refund(self, refund_id: int) -> bool:
-        """Ask the provider for a pending refund and book it; False when it has to be asked again."""
-        async with self._database.read() as tx:
-            row = (await tx.execute(select(store.refunds).where(store.refunds.c.id == refund_id))).first()
-            payment = await store.by_id(tx, row.payment_id) if row else None
-        if row is None or payment is None or row.status == "done":
-            return True
-        if not await self._provider.refund(payment, refund_id, row.amount_minor):
-            return False
-        await self._group.submit(self._payments.mark_refunded, refund_id)
-        return True
-
     async def sweep(self, older_than_ms: int) -> int:
-        """Tell again of captured money that nobody took charge of, and wake up refunds that wait; answers how many."""
-        before_us = self._clock.now_us() - older_than_ms * US_PER_MS
-        async with self._database.read() as tx:
-            waiting = await store.pending_refunds(tx, before_us, SWEEP_PAGE)
-        for refund_id in waiting:
-            await self._group.submit(self._payments.remind_refunds, refund_id)
-        return len(waiting) + await self._tell_unaccepted(before_us)
+        """Tell again of captured money that nobody took charge of; answers of how many payments."""
+        return await self._tell_unaccepted(self._clock.now_us() - older_than_ms * US_PER_MS)
 
     async def _tell_unaccepted(self, before_us: int) -> int:
         found = after = 0
