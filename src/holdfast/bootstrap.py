@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
@@ -35,16 +35,19 @@ from holdfast.services.orders.service import OrderService
 from holdfast.services.orders.transitions import Transitions
 from holdfast.services.payments import listeners as payment_listeners
 from holdfast.services.payments.actions import Payments
+from holdfast.services.payments.needs import Provider
 from holdfast.services.payments.refund_service import RefundService
 from holdfast.services.payments.refunds import Refunds
-from holdfast.services.payments.sandbox import Sandbox
-from holdfast.services.payments.service import PaymentService
+from holdfast.services.payments.sandbox import NAME as SANDBOX
+from holdfast.services.payments.sandbox import SECRET_CHARS_MIN, Sandbox
+from holdfast.services.payments.sandbox_book import SandboxBook
+from holdfast.services.payments.service import PaymentService, UnknownProvider
 from holdfast.services.schema import HISTORY as SERVICES_HISTORY
 from holdfast.services.stock import listeners as stock_listeners
 from holdfast.services.stock.actions import Stock
 from holdfast.services.stock.service import StockService
 from holdfast.services.sweeper import Sweeper
-from holdfast.settings import DatabaseSettings, MessagingSettings, Settings
+from holdfast.settings import DatabaseSettings, MessagingSettings, PaymentsSettings, Settings
 
 HISTORIES = (MESSAGING_HISTORY, SERVICES_HISTORY)
 
@@ -62,7 +65,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     stock: StockService
     payments: PaymentService
     refunds: RefundService
-    sandbox: Sandbox
+    providers: Mapping[str, Provider]
     listens: tuple[Listen, ...]
     sweepers: list[Sweeper]
 
@@ -76,6 +79,14 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
             self.listen(listen)
         for sweeper in self.sweepers:
             sweeper.start()
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """The sandbox within this process; raises `UnknownProvider` when it is not switched on, or elsewhere."""
+        provider = self.providers.get(SANDBOX)
+        if not isinstance(provider, Sandbox):
+            raise UnknownProvider("the sandbox is not within this process")
+        return provider
 
     @property
     def group(self) -> GroupCommit:
@@ -139,11 +150,11 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         )
         group, ids, outbox = bus.group, bus.ids, bus.outbox
         stock_group = await stack.enter_async_context(_stock_writer(database, group, clock, settings.database))
-        sandbox = _sandbox(settings, database, group, clock)
-        payments = Payments(clock, ids, outbox, sandbox, settings.payments.merchant_id)
-        payment_service = PaymentService(database, group, payments, sandbox, clock)
+        providers = _providers(settings, database, group, clock)
+        payments = Payments(clock, ids, outbox, providers, settings.payments.provider)
+        payment_service = PaymentService(database, group, payments, providers, clock)
         refunds = Refunds(clock, ids, outbox)
-        refund_service = RefundService(database, group, refunds, {sandbox.name: sandbox}, clock)
+        refund_service = RefundService(database, group, refunds, providers, clock)
         stock = Stock(clock, ids, outbox)
         place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
         transitions = Transitions(clock, ids, outbox, payments)
@@ -163,7 +174,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             stock=stock_service,
             payments=payment_service,
             refunds=refund_service,
-            sandbox=sandbox,
+            providers=providers,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
             sweepers=_sweepers(orders, stock_service, payment_service, refund_service, settings, clock),
         )
@@ -199,16 +210,30 @@ async def _stock_writer(
         await writer.close()
 
 
-def _sandbox(settings: Settings, database: Database, group: GroupCommit, clock: Clock) -> Sandbox:
-    secret = settings.payments.sandbox_secret.reveal()
-    if not settings.payments.sandbox:
+def _providers(settings: Settings, database: Database, group: GroupCommit, clock: Clock) -> dict[str, Provider]:
+    """Every configured provider by its name, the chosen one among them."""
+    providers: dict[str, Provider] = {}
+    if settings.payments.sandbox:
+        providers[SANDBOX] = _sandbox(settings.payments, database, group, clock)
+    if not providers:
         raise InvalidSettings(
-            "no payment provider is configured; this version has the sandbox only: set "
+            "no payment provider is configured; to try things out, set "
             "HOLDFAST_PAYMENTS__SANDBOX=true and HOLDFAST_PAYMENTS__SANDBOX_SECRET"
         )
-    if len(secret) < 16:
-        raise InvalidSettings("HOLDFAST_PAYMENTS__SANDBOX_SECRET needs at least 16 characters")
-    return Sandbox(database, group, clock, secret, settings.payments.merchant_id, settings.payments.notice_tolerance_ms)
+    if settings.payments.provider not in providers:
+        raise InvalidSettings(
+            f"HOLDFAST_PAYMENTS__PROVIDER: {settings.payments.provider!r} is not configured; "
+            f"configured: {', '.join(sorted(providers))}"
+        )
+    return providers
+
+
+def _sandbox(settings: PaymentsSettings, database: Database, group: GroupCommit, clock: Clock) -> Provider:
+    secret = settings.sandbox_secret.reveal()
+    if len(secret) < SECRET_CHARS_MIN:
+        raise InvalidSettings(f"HOLDFAST_PAYMENTS__SANDBOX_SECRET needs at least {SECRET_CHARS_MIN} characters")
+    book = SandboxBook(database, group, clock)
+    return Sandbox(book, clock, secret, settings.merchant_id, settings.notice_tolerance_ms)
 
 
 def _tuned(listen: Listen, settings: MessagingSettings) -> Listen:

@@ -26,6 +26,7 @@ FOREIGN_KEYS = frozenset({CONFIG_KEY})
 
 Milliseconds = Annotated[int, Meta(ge=0, le=366 * 86_400_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
+Name = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z][a-z0-9_-]*\Z")]
 
 
 class Secret:
@@ -105,6 +106,7 @@ class OrdersSettings(Section, frozen=True, kw_only=True):
 class PaymentsSettings(Section, frozen=True, kw_only=True):
     """`[payments]`: providers and their secrets."""
 
+    provider: Name = "sandbox"  # who takes new payments; one of those that are configured
     sandbox: bool = False  # offer the sandbox provider and its pay page; never on a real sale
     sandbox_secret: Secret = Secret("")  # signs pay links and notices; at least 16 characters
     merchant_id: str = "holdfast-demo"  # a notice for another merchant is parked

@@ -16,7 +16,7 @@ from holdfast.bootstrap import System
 from holdfast.clock import US_PER_S, ManualClock
 from holdfast.db.database import Dialect, Tx
 from holdfast.services.orders.model import NotCancellable, OrderStatus, SoldOut
-from holdfast.services.payments.sandbox import TradeClosed
+from holdfast.services.payments.sandbox_book import TradeClosed
 from holdfast.settings import Settings
 from tests.conftest import StartSystem
 from tests.shop import (

@@ -44,7 +44,7 @@ def build_app(system: System) -> ASGIApp:
         app,
         {
             ("POST", orders.PLACE_PATH): orders.placing(system, tokens),
-            ("POST", payments.notice_path(system)): payments.noticing(system),
+            **payments.notice_routes(system),
         },
         system.settings.http.body_bytes_max,
     )

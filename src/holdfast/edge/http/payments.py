@@ -10,23 +10,25 @@ from litestar.params import FromPath
 
 from holdfast.bootstrap import System
 from holdfast.edge.http.hot import Handler, Headers, ReadBody, Reply
+from holdfast.services.payments.needs import Provider
 from holdfast.services.payments.sandbox import SignedNotice
 
 
-def notice_path(system: System) -> str:
-    """Where the configured provider sends its notices."""
-    return f"/v1/notices/{system.sandbox.name}"
+def notice_routes(system: System) -> dict[tuple[str, str], Handler]:
+    """Where each configured provider sends its notices."""
+    return {("POST", f"/v1/notices/{name}"): noticing(system, provider) for name, provider in system.providers.items()}
 
 
-def noticing(system: System) -> Handler:
+def noticing(system: System, provider: Provider) -> Handler:
     """`POST /v1/notices/{provider}`: verify the signature over the raw body, store the notice and apply it once.
 
-    The plain answer `success` means that all of that is committed; anything else asks the provider to send it again.
+    The plain answer that the provider waits for (`success`) means that all of that is committed; anything else asks it
+    to send the notice again.
     """
 
     async def notice(headers: Headers, raw: ReadBody) -> Reply:
-        await system.payments.notice(system.sandbox.name, headers, await raw())
-        return Reply(status=200, body=b"success", media_type="text/plain; charset=utf-8")
+        await system.payments.notice(provider.name, headers, await raw())
+        return Reply(status=200, body=provider.notice_answer, media_type="text/plain; charset=utf-8")
 
     return notice
 
@@ -38,6 +40,6 @@ async def pay(token: FromPath[str], system: NamedDependency[System]) -> SignedNo
 
 
 def router() -> Router:
-    """The routes; the sandbox is the only provider of this version, so its page is always there."""
+    """The routes; the sandbox's page answers 404 where the sandbox is not within this process."""
     handlers: list[Any] = [pay]
     return Router(path="/", route_handlers=handlers, tags=["payments"])

@@ -26,12 +26,14 @@ log = observe.logger("payments")
 class Payments:
     """What payments can do; what a verb does commits with the caller's `tx` or not at all."""
 
-    def __init__(self, clock: Clock, ids: IdSource, outbox: Outbox, provider: Provider, merchant_id: str) -> None:
+    def __init__(
+        self, clock: Clock, ids: IdSource, outbox: Outbox, providers: Mapping[str, Provider], chosen: str
+    ) -> None:
         self._clock = clock
         self._ids = ids
         self._outbox = outbox
-        self._provider = provider
-        self._merchant_id = merchant_id
+        self._providers = providers
+        self._chosen = providers[chosen]  # takes new payments; the others finish what they began
 
     async def open(self, tx: Tx, bills: Sequence[Bill]) -> list[PaymentRef]:
         """Open a payment order for each bill."""
@@ -41,7 +43,7 @@ class Payments:
                 id=self._ids.next(),
                 order_id=bill.order_id,
                 buyer=bill.buyer,
-                provider=self._provider.name,
+                provider=self._chosen.name,
                 amount_minor=bill.amount_minor,
                 currency=bill.currency,
                 status=WAITING,
@@ -59,7 +61,7 @@ class Payments:
         ]
         await store.insert_payments.many(tx, rows)
         return [
-            PaymentRef(id=str(payment.id), provider=payment.provider, pay_url=self._provider.pay_url(payment))
+            PaymentRef(id=str(payment.id), provider=payment.provider, pay_url=self._chosen.pay_url(payment))
             for payment in opened
         ]
 
@@ -80,7 +82,7 @@ class Payments:
                 verdicts.append(told[event])
                 continue
             payment = payments.get(capture.payment_id)
-            verdict = judge(capture, payment, self._merchant_id)
+            verdict = judge(capture, payment, self._merchant_of(capture.provider))
             if verdict is Verdict.APPLIED and payment is not None:
                 payments[payment.id] = _captured(payment, capture)
                 applied.append(capture)
@@ -106,6 +108,9 @@ class Payments:
         """Take note that these payments have paid their orders: they need not be told again."""
         if payment_ids:
             await store.accept(tx, payment_ids, self._clock.now_us())
+
+    def _merchant_of(self, provider: str) -> str | None:
+        return self._providers[provider].merchant_id if provider in self._providers else None
 
     async def _tell(self, tx: Tx, payments: Sequence[tuple[PaymentOrder, Mapping[str, str]]]) -> None:
         drafts = [

@@ -73,7 +73,7 @@ class Verdict(StrEnum):
 PARKED = frozenset({Verdict.UNKNOWN_PAYMENT, Verdict.WRONG_FACTS, Verdict.SECOND_TRADE})
 
 
-def judge(capture: Capture, payment: PaymentOrder | None, merchant_id: str) -> Verdict:
+def judge(capture: Capture, payment: PaymentOrder | None, merchant_id: str | None) -> Verdict:
     """Say what a verified notice means; only `APPLIED` changes the payment order."""
     if payment is None:
         return Verdict.UNKNOWN_PAYMENT

@@ -13,7 +13,7 @@ from holdfast.errors import Refused
 from holdfast.services.contracts.values import TradeEnd
 from holdfast.services.payments import store
 from holdfast.services.payments.actions import Payments
-from holdfast.services.payments.model import SUCCEEDED, Verdict
+from holdfast.services.payments.model import SUCCEEDED, PaymentOrder, Verdict
 from holdfast.services.payments.needs import Provider
 
 SWEEP_PAGE = 500
@@ -31,25 +31,29 @@ class PaymentService:
     """One call per notice or question; calls to the provider are made outside of any transaction."""
 
     def __init__(
-        self, database: Database, group: GroupCommit, payments: Payments, provider: Provider, clock: Clock
+        self,
+        database: Database,
+        group: GroupCommit,
+        payments: Payments,
+        providers: Mapping[str, Provider],
+        clock: Clock,
     ) -> None:
         self._database = database
         self._group = group
         self._payments = payments
-        self._provider = provider
+        self._providers = providers
         self._clock = clock
 
-    async def notice(self, provider: str, headers: Mapping[str, str], raw: bytes) -> Verdict:
+    async def notice(self, provider: str, headers: Mapping[str, str], raw: bytes) -> Verdict | None:
         """Take a provider's notice: verify, store, apply once; returning means that it is committed.
 
-        Raises `UnknownProvider` or `ForgedNotice`; nothing is changed then.
+        None says that it is genuine and tells of no captured money. Raises `UnknownProvider` or `ForgedNotice`;
+        nothing is changed then.
         """
-        if provider != self._provider.name:
+        if provider not in self._providers:
             raise UnknownProvider(f"there is no payment provider {provider!r} here")
-        capture = self._provider.verify_notice(headers, raw)
-        if capture is None:
-            return Verdict.REPEATED
-        return await self._group.submit(self._payments.apply, capture)
+        capture = self._providers[provider].verify_notice(headers, raw)
+        return None if capture is None else await self._group.submit(self._payments.apply, capture)
 
     async def settle_before_close(self, order_id: int) -> TradeEnd:
         """Make an order's trade unpayable at the provider, or learn that it is paid (then that is applied).
@@ -64,10 +68,13 @@ class PaymentService:
             # Its order should know by now. Telling it again does no harm, and mends a message that was lost.
             await self._group.submit(self._payments.tell_again, payment)
             return TradeEnd.PAID
-        answer = await self._provider.close(payment)
+        provider = self._provider_of(payment)
+        if provider is None:
+            return TradeEnd.UNKNOWN
+        answer = await provider.close(payment)
         if answer.capture is not None:
             await self._group.submit(self._payments.apply, answer.capture)
-        return answer.end
+        return TradeEnd.UNKNOWN if answer.end is TradeEnd.OPEN else answer.end
 
     async def sweep(self, older_than_ms: int) -> int:
         """Tell again of captured money that nobody took charge of; answers of how many payments."""
@@ -82,3 +89,10 @@ class PaymentService:
                 return found
             found, after = found + len(page), page[-1].id
             await asyncio.gather(*(self._group.submit(self._payments.tell_again, payment) for payment in page))
+
+    def _provider_of(self, payment: PaymentOrder) -> Provider | None:
+        """The provider that took a payment order on; None, with an alarm, when it is not configured any more."""
+        provider = self._providers.get(payment.provider)
+        if provider is None:
+            log.error("provider_missing", provider=payment.provider, payment_id=payment.id)
+        return provider

@@ -160,7 +160,9 @@ def upgrade() -> None:
         "sandbox_refund",
         sa.Column("refund_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("payment_id", sa.BigInteger(), nullable=False),
+        sa.Column("trade_no", sa.Text(), nullable=False),
         sa.Column("amount_minor", sa.BigInteger(), nullable=False),
+        sa.Column("currency", sa.Text(), nullable=False),
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("refund_id", name=op.f("pk_sandbox_refund")),
     )
