@@ -29,10 +29,11 @@ ROOMS: dict[str, int] = {
     "db": 1,
     "messaging": 2,
     "services": 3,
-    "bootstrap": 4,
     "audit": 4,
-    "edge": 5,
-    "__main__": 6,
+    "reconciliation": 5,
+    "bootstrap": 6,
+    "edge": 7,
+    "__main__": 8,
 }
 """A module may import its own room and the rooms of a lower number; modules of one number ignore each other, except
 that the foundations (number 0) may use one another without a cycle."""

@@ -17,7 +17,7 @@ import typer
 import holdfast
 from holdfast.audit import CHECKS
 from holdfast.edge.cli import app
-from holdfast.edge.http import health, orders, payments, refunds, stock
+from holdfast.edge.http import health, orders, payments, reconciliations, refunds, stock
 from holdfast.edge.http.problems import STATUS
 from holdfast.errors import HoldfastError
 from holdfast.settings import Secret, Settings
@@ -104,11 +104,22 @@ def test_every_check_of_the_audit_stands_on_its_page() -> None:
 def test_every_route_stands_on_its_page() -> None:
     text = page("http.md")
     paths = {orders.PLACE_PATH, "/v1/notices/sandbox"}
-    for router in (orders.router(), stock.router(), payments.router(), refunds.router(), health.router()):
+    for router in (
+        orders.router(),
+        stock.router(),
+        payments.router(),
+        refunds.router(),
+        reconciliations.router(),
+        health.router(),
+    ):
         for route in router.routes:
             paths.add(re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path))
     renamed = {
-        path.replace("{order_id}", "{id}").replace("{token}", "{link}").replace("{refund_id}", "{id}") for path in paths
+        path.replace("{order_id}", "{id}")
+        .replace("{token}", "{link}")
+        .replace("{refund_id}", "{id}")
+        .replace("{difference_id}", "{id}")
+        for path in paths
     }
     assert [path for path in sorted(renamed) if path not in text] == []
 

@@ -217,7 +217,8 @@ MONEY = (
     Check(
         name="money.kept",
         promise="no money is kept for an order that was cancelled or closed",
-        query="""SELECT o.id AS order_id, o.status, payment.captured_minor, payment.refunded_minor
+        query="""SELECT o.id AS order_id, o.status, payment.id AS payment_id, payment.captured_minor,
+                        payment.refunded_minor
                  FROM order_order o JOIN payment_order payment ON payment.order_id = o.id
                  WHERE o.status IN ('cancelled', 'closed') AND payment.captured_minor <> payment.refunded_minor
                    AND payment.changed_us < :now_us - :slack_us""",
@@ -319,6 +320,14 @@ async def audit(database: Database, clock: Clock, slack_ms: int) -> Report:
                 findings.append(Finding(name=check.name, promise=check.promise, count=len(rows), rows=shown))
         figures = {row.name: int(row.value) for row in await tx.execute(text(FIGURES))}
     return Report(clean=not findings, checks=len(CHECKS), figures=figures, findings=tuple(findings))
+
+
+async def broken(database: Database, check: Check, now_us: int, slack_us: int, limit: int) -> list[dict[str, Any]]:
+    """The rows that break one check, at most so many; reads only."""
+    query = f"SELECT * FROM ({check.query}) AS broken LIMIT {int(limit)}"  # noqa: S608  # constants of ours
+    async with database.read() as tx:
+        found = await tx.execute(_statement(query, {"now_us": now_us, "slack_us": slack_us}))
+        return [dict(row._mapping) for row in found]
 
 
 def _statement(query: str, times: dict[str, int]) -> TextClause:

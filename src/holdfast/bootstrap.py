@@ -27,6 +27,8 @@ from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.tables import HISTORY as MESSAGING_HISTORY
 from holdfast.messaging.toolkit import Messaging, open_messaging
 from holdfast.messaging.transports.sql.transport import SqlTransport
+from holdfast.reconciliation.repairs import Repairs
+from holdfast.reconciliation.service import ReconciliationService
 from holdfast.services.contracts.events import TYPES
 from holdfast.services.contracts.topology import TOPOLOGY
 from holdfast.services.orders import listeners as order_listeners
@@ -65,6 +67,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     stock: StockService
     payments: PaymentService
     refunds: RefundService
+    reconciliation: ReconciliationService
     providers: Mapping[str, Provider]
     listens: tuple[Listen, ...]
     sweepers: list[Sweeper]
@@ -160,6 +163,8 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         transitions = Transitions(clock, ids, outbox, payments)
         orders = OrderService(database, stock_group, group, place, transitions, payment_service, clock, settings.orders)
         stock_service = StockService(database, stock_group, stock, orders, clock)
+        repairs = Repairs(orders, stock_service, payment_service, refund_service, bus.error_store)
+        reconciliation = ReconciliationService(database, group, clock, ids, settings.reconciliation, repairs, providers)
         listens = (
             *order_listeners.listeners(orders, transitions),
             *stock_listeners.listeners(stock, stock_group),
@@ -174,9 +179,10 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             stock=stock_service,
             payments=payment_service,
             refunds=refund_service,
+            reconciliation=reconciliation,
             providers=providers,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
-            sweepers=_sweepers(orders, stock_service, payment_service, refund_service, settings, clock),
+            sweepers=_sweepers(orders, stock_service, payment_service, refund_service, reconciliation, settings, clock),
         )
         stack.push_async_callback(system.stop_work)
         yield system
@@ -256,6 +262,7 @@ def _sweepers(
     stock: StockService,
     payments: PaymentService,
     refunds: RefundService,
+    reconciliation: ReconciliationService,
     settings: Settings,
     clock: Clock,
 ) -> list[Sweeper]:
@@ -266,4 +273,5 @@ def _sweepers(
         Sweeper("stock", of_orders, lambda: stock.sweep(of_orders), clock),
         Sweeper("payments", of_payments, lambda: payments.sweep(of_payments), clock),
         Sweeper("refunds", of_payments, lambda: refunds.sweep(of_payments), clock),
+        Sweeper("reconciliation", settings.reconciliation.every_ms, reconciliation.sweep, clock),
     ]

@@ -114,6 +114,14 @@ class PaymentsSettings(Section, frozen=True, kw_only=True):
     sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # refunds asked for again
 
 
+class ReconciliationSettings(Section, frozen=True, kw_only=True):
+    """`[reconciliation]`: the books compared with each other and with the provider's."""
+
+    every_ms: Annotated[int, Meta(ge=1_000, le=86_400_000)] = 60_000  # between two comparisons
+    slack_ms: Milliseconds = 60_000  # how late the machinery may be before that is a difference
+    repair: Literal["ask", "auto"] = "ask"  # auto runs those repairs that are safe without being asked
+
+
 class HttpSettings(Section, frozen=True, kw_only=True):
     """`[http]`: the edge."""
 
@@ -140,6 +148,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     messaging: MessagingSettings = MessagingSettings()
     orders: OrdersSettings = OrdersSettings()
     payments: PaymentsSettings = PaymentsSettings()
+    reconciliation: ReconciliationSettings = ReconciliationSettings()
     http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()
 

@@ -18,6 +18,7 @@ from holdfast.errors import (
     Refused,
     Unavailable,
 )
+from holdfast.reconciliation.model import DifferenceNotFound
 from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.orders.model import MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
@@ -69,6 +70,7 @@ STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (UnknownProvider, 404),
     (PaymentNotFound, 404),
     (RefundNotFound, 404),
+    (DifferenceNotFound, 404),
     (KeyReused, 422),
     (UnknownSkuOnLine, 422),
     (MixedCurrencies, 422),

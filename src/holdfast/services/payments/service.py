@@ -13,7 +13,7 @@ from holdfast.errors import Refused
 from holdfast.services.contracts.values import TradeEnd
 from holdfast.services.payments import store
 from holdfast.services.payments.actions import Payments
-from holdfast.services.payments.model import SUCCEEDED, PaymentOrder, Verdict
+from holdfast.services.payments.model import SUCCEEDED, PaymentNotFound, PaymentOrder, Verdict
 from holdfast.services.payments.needs import Provider
 
 SWEEP_PAGE = 500
@@ -75,6 +75,33 @@ class PaymentService:
         if answer.capture is not None:
             await self._group.submit(self._payments.apply, answer.capture)
         return TradeEnd.UNKNOWN if answer.end is TradeEnd.OPEN else answer.end
+
+    async def tell_again(self, payment_id: int) -> None:
+        """Tell orders once more of a payment that succeeded; does nothing for any other."""
+        payment = await self._known(payment_id)
+        if payment.status == SUCCEEDED:
+            await self._group.submit(self._payments.tell_again, payment)
+
+    async def learn(self, payment_id: int) -> TradeEnd:
+        """Ask the provider what became of a trade and apply its capture, if there is one; changes nothing else.
+
+        Raises `PaymentNotFound`.
+        """
+        payment = await self._known(payment_id)
+        provider = self._provider_of(payment)
+        if provider is None:
+            return TradeEnd.UNKNOWN
+        answer = await provider.query(payment)
+        if answer.capture is not None:
+            await self._group.submit(self._payments.apply, answer.capture)
+        return answer.end
+
+    async def _known(self, payment_id: int) -> PaymentOrder:
+        async with self._database.read() as tx:
+            payment = await store.by_id(tx, payment_id)
+        if payment is None:
+            raise PaymentNotFound(f"there is no payment {payment_id}")
+        return payment
 
     async def sweep(self, older_than_ms: int) -> int:
         """Tell again of captured money that nobody took charge of; answers of how many payments."""

@@ -54,14 +54,22 @@ class StockService:
             if not page:
                 return found
             after = page[-1]
-            fates = await self._orders.fates(page)
-            ended = [order_id for order_id, fate in fates.items() if fate is Fate.ENDED]
-            paid = [order_id for order_id, fate in fates.items() if fate is Fate.PAID]
-            if ended:
-                await self._group.submit(self._release, ended)
-            if paid:
-                await self._group.submit(self._deduct, paid)
-            found += len(ended) + len(paid)
+            found += await self.settle(page)
+
+    async def settle(self, order_ids: Sequence[int]) -> int:
+        """Ask what became of these orders; give back or deduct what is held for them. Answers how many have ended."""
+        fates = await self._orders.fates(order_ids)
+        ended = [order_id for order_id, fate in fates.items() if fate is Fate.ENDED]
+        paid = [order_id for order_id, fate in fates.items() if fate is Fate.PAID]
+        if ended:
+            await self.release(ended)
+        if paid:
+            await self._group.submit(self._deduct, paid)
+        return len(ended) + len(paid)
+
+    async def release(self, order_ids: Sequence[int]) -> int:
+        """Give back what is still held for these orders, whatever became of them; answers how many details moved."""
+        return await self._group.submit(self._release, order_ids)
 
     async def _release(self, tx: Tx, groups: Sequence[Sequence[int]]) -> list[HoldfastError | int]:
         return [await self._stock.release(tx, group) for group in groups]

@@ -157,6 +157,44 @@ def upgrade() -> None:
     )
     op.create_index("ix_payment_refund_log_refund_id", "payment_refund_log", ["refund_id"], unique=False)
     op.create_table(
+        "reconciliation_difference",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("subject", sa.Text(), nullable=False),
+        sa.Column("detail", sa.Text(), nullable=False),
+        sa.Column("repair", sa.Text(), nullable=False),
+        sa.Column("advice", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("first_seen_us", sa.BigInteger(), nullable=False),
+        sa.Column("last_seen_us", sa.BigInteger(), nullable=False),
+        sa.Column("repair_us", sa.BigInteger(), nullable=True),
+        sa.Column("closed_us", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint(
+            "state IN ('open', 'dismissed', 'repaired', 'gone')", name=op.f("ck_reconciliation_difference_state")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_reconciliation_difference")),
+    )
+    op.create_index(
+        "uq_reconciliation_difference_live",
+        "reconciliation_difference",
+        ["kind", "subject"],
+        unique=True,
+        sqlite_where=sa.text("state IN ('open', 'dismissed')"),
+        postgresql_where=sa.text("state IN ('open', 'dismissed')"),
+    )
+    op.create_table(
+        "reconciliation_log",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("difference_id", sa.BigInteger(), nullable=True),
+        sa.Column("action", sa.Text(), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("outcome", sa.Text(), nullable=False),
+        sa.Column("at_us", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_reconciliation_log")),
+    )
+    op.create_index("ix_reconciliation_log_difference_id", "reconciliation_log", ["difference_id"], unique=False)
+    op.create_table(
         "sandbox_refund",
         sa.Column("refund_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("payment_id", sa.BigInteger(), nullable=False),
@@ -270,6 +308,15 @@ def downgrade() -> None:
     op.drop_table("stock_ledger")
     op.drop_table("sandbox_trade")
     op.drop_table("sandbox_refund")
+    op.drop_index("ix_reconciliation_log_difference_id", table_name="reconciliation_log")
+    op.drop_table("reconciliation_log")
+    op.drop_index(
+        "uq_reconciliation_difference_live",
+        table_name="reconciliation_difference",
+        sqlite_where=sa.text("state IN ('open', 'dismissed')"),
+        postgresql_where=sa.text("state IN ('open', 'dismissed')"),
+    )
+    op.drop_table("reconciliation_difference")
     op.drop_index("ix_payment_refund_log_refund_id", table_name="payment_refund_log")
     op.drop_table("payment_refund_log")
     op.drop_index(
