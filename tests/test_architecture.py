@@ -52,6 +52,7 @@ SERVICE_RANKS: dict[str, int] = {
     "refund_store": 2,
     "sandbox_book": 2,
     "sandbox": 3,
+    "sandbox_remote": 4,
     "transitions": 3,
     "refunds": 3,
     "service": 4,
@@ -60,7 +61,14 @@ SERVICE_RANKS: dict[str, int] = {
 }
 """Inside a service a module imports only modules of a lower rank; a new kind of module needs a rank here."""
 
-LAZY_IMPORTERS = frozenset({"holdfast.messaging.transports.registry", "holdfast.edge.cli", "holdfast.edge.queues_cli"})
+LAZY_IMPORTERS = frozenset(
+    {
+        "holdfast.messaging.transports.registry",
+        "holdfast.bootstrap",
+        "holdfast.edge.cli",
+        "holdfast.edge.queues_cli",
+    }
+)
 """Who may call import_module: libraries of an extra stay optional, and a user may name a module of his own."""
 
 CLOCK_MODULES = ("holdfast.clock", "holdfast.deadline")

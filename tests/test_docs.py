@@ -115,10 +115,9 @@ def test_every_route_stands_on_its_page() -> None:
         for route in router.routes:
             paths.add(re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path))
     renamed = {
-        path.replace("{order_id}", "{id}")
-        .replace("{token}", "{link}")
-        .replace("{refund_id}", "{id}")
-        .replace("{difference_id}", "{id}")
+        re.sub(r"{(order_id|payment_id|biz_order_no|refund_id|difference_id)}", "{id}", path).replace(
+            "{token}", "{link}"
+        )
         for path in paths
     }
     assert [path for path in sorted(renamed) if path not in text] == []

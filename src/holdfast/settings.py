@@ -109,9 +109,12 @@ class PaymentsSettings(Section, frozen=True, kw_only=True):
     provider: Name = "sandbox"  # who takes new payments; one of those that are configured
     sandbox: bool = False  # offer the sandbox provider and its pay page; never on a real sale
     sandbox_secret: Secret = Secret("")  # signs pay links and notices; at least 16 characters
+    sandbox_url: str = ""  # of `holdfast sandbox-provider`; empty for the sandbox within this process
+    call_timeout_ms: Annotated[int, Meta(ge=10, le=60_000)] = 5_000  # a provider's later answer is unknown
     merchant_id: str = "holdfast-demo"  # a notice for another merchant is parked
     notice_tolerance_ms: Milliseconds = 300_000  # age at which a signed notice counts as a replay
     sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # refunds asked for again
+    poll_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 20_000  # providers asked about payments unpaid for so long
 
 
 class ReconciliationSettings(Section, frozen=True, kw_only=True):
