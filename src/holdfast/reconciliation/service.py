@@ -163,20 +163,9 @@ class ReconciliationService(ReconciliationDesk):
             raise NoSafeRepair(difference.advice or "no repair can be run for this difference")
         if dry_run:
             return _repair_report(difference, State.OPEN, dry_run=True)
-        found, whole, _ = await self._look({difference.kind})
-        still = next((each for each in found if each.subject == difference.subject), None)
-        if still is None and difference.kind in whole:
-            await self._note(found, whole, actor, reason)
-            raise DifferenceClosed("the difference is gone by itself")
-        facts = still.detail if still is not None else difference.facts
-        try:
-            await self._repairs.run(difference.mend, facts, actor, reason)
-        except HoldfastError as error:
-            await self._log(difference_id, "repair", actor, reason, error.code)
-            raise
-        await self._log(difference_id, "repair", actor, reason, difference.repair)
-        found, whole, _ = await self._look({difference.kind})
-        await self._note(found, whole, actor, reason)
+        failure = (await self._mend(difference.kind, [difference], actor, reason)).get(difference_id)
+        if failure is not None:
+            raise failure
         return _repair_report(difference, State((await self._known(difference_id)).state), dry_run=False)
 
     async def dismiss(self, difference_id: int, actor: str, reason: str) -> DifferenceView:
@@ -205,21 +194,43 @@ class ReconciliationService(ReconciliationDesk):
 
     async def _repair_safe(self) -> None:
         again_us = self._clock.now_us() - AUTO_AGAIN * self._settings.every_ms * US_PER_MS
-        after = done = 0
-        while done < AUTO_MAX:
+        wanted: dict[str, list[Difference]] = {}
+        after = chosen = 0
+        while chosen < AUTO_MAX:
             async with self._database.read() as tx:
                 page = await store.page(tx, states=[State.OPEN.value], kind=None, after=after, limit=LIST_MAX)
             if not page:
-                return
+                break
             after = page[-1].id
             for difference in page:
                 tried_lately = difference.repair_us is not None and difference.repair_us > again_us
-                if kind_of(difference.kind).safe and difference.mend and not tried_lately and done < AUTO_MAX:
-                    done += 1
-                    try:
-                        await self.repair(difference.id, SWEEPER, "safe, repair = auto")
-                    except HoldfastError as error:
-                        log.warning("repair_failed", difference_id=difference.id, error=error.code, detail=error.detail)
+                if kind_of(difference.kind).safe and difference.mend and not tried_lately and chosen < AUTO_MAX:
+                    wanted.setdefault(difference.kind, []).append(difference)
+                    chosen += 1
+        for kind, differences in wanted.items():
+            for difference_id, error in (await self._mend(kind, differences, SWEEPER, "safe, repair = auto")).items():
+                log.warning("repair_failed", difference_id=difference_id, error=error.code, detail=error.detail)
+
+    async def _mend(self, kind: str, wanted: Sequence[Difference], actor: str, reason: str) -> dict[int, HoldfastError]:
+        """Repair differences of one kind, looking before and after all of them; answers what could not be."""
+        found, whole, _ = await self._look({kind})
+        still = {each.subject: each.detail for each in found}
+        failures: dict[int, HoldfastError] = {}
+        for difference in wanted:
+            if difference.subject not in still and kind in whole:
+                failures[difference.id] = DifferenceClosed("the difference is gone by itself")
+                continue
+            assert difference.mend is not None
+            outcome = difference.repair
+            try:
+                await self._repairs.run(difference.mend, still.get(difference.subject, difference.facts), actor, reason)
+            except HoldfastError as error:
+                failures[difference.id] = error
+                outcome = error.code
+            await self._log(difference.id, "repair", actor, reason, outcome)
+        found, whole, _ = await self._look({kind})
+        await self._note(found, whole, actor, reason)
+        return failures
 
     # -- comparing ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from litestar import Request, Response, Router, get, post
+from litestar import Request, Response, Router, get, post, route
 from litestar.di import NamedDependency
 from litestar.params import FromPath, RawBody
 
@@ -81,6 +81,12 @@ async def page(
     return RefundPage(items=items, next=items[-1].id if len(items) == limit else None)
 
 
+@route("/refunds", http_method=["OPTIONS"], include_in_schema=False, status_code=204)
+async def methods() -> Response[None]:
+    """Two routes share this path, and the framework would tell of one of them only."""
+    return Response(content=None, headers={"Allow": "GET, OPTIONS, POST"})
+
+
 @get("/refunds/{refund_id:str}", summary="Read a refund (staff)", **staff(REFUNDS))
 async def read(
     refund_id: FromPath[str], caller: NamedDependency[Caller], system: NamedDependency[System]
@@ -94,5 +100,5 @@ async def read(
 
 def router() -> Router:
     """The routes below /v1."""
-    handlers: list[Any] = [create, page, read]
+    handlers: list[Any] = [create, methods, page, read]
     return Router(path="/v1", route_handlers=handlers, tags=["refunds"])
