@@ -100,5 +100,5 @@ async def read(
 
 def router() -> Router:
     """The routes below /v1."""
-    handlers: list[Any] = [create, methods, page, read]
+    handlers: list[Any] = [methods, create, page, read]
     return Router(path="/v1", route_handlers=handlers, tags=["refunds"])
