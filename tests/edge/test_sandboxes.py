@@ -219,7 +219,7 @@ async def test_a_lost_answer_to_a_refund_is_unknown_and_its_repetition_refunds_n
     assert (await provider.refund(payment, 2, 1)).end is RefundEnd.REFUSED
 
 
-async def test_an_answer_that_is_an_error_or_not_signed_is_unknown(sale: Sale, settings: Settings) -> None:
+async def test_an_answer_that_is_an_error_or_not_signed_is_unknown(sale: Sale, monkeypatch: pytest.MonkeyPatch) -> None:
     view = await order(sale.system)
     payment = await payment_of(sale.system, view)
     provider = sale.system.providers["sandbox"]
@@ -231,6 +231,12 @@ async def test_an_answer_that_is_an_error_or_not_signed_is_unknown(sale: Sale, s
     assert (await stranger.query(payment)).end is TradeEnd.UNKNOWN  # neither believes the other
     assert (await stranger.close(payment)).end is TradeEnd.UNKNOWN
     await stranger.aclose()
+    sign = sale.desk.server.signing.signature
+    with monkeypatch.context() as patch:
+        patch.setattr(sale.desk.server.signing, "signature", lambda content: sign(content + b" "))
+        assert (await provider.query(payment)).end is TradeEnd.UNKNOWN
+        with pytest.raises(Unavailable):
+            await provider.statement(DAY)
     assert (await provider.query(payment)).end is TradeEnd.OPEN
 
 
