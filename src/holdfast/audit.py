@@ -230,11 +230,15 @@ MONEY = (
     ),
     Check(
         name="money.paid",
-        promise="of a paid order its amount was captured, and not all of it given back",
+        promise="of a paid order its amount was captured, and nothing but what staff gave back was refunded",
         query="""SELECT o.id AS order_id, o.amount_minor, payment.captured_minor, payment.refunded_minor
                  FROM order_order o JOIN payment_order payment ON payment.order_id = o.id
                  WHERE o.status IN ('paid', 'shipped', 'completed')
                    AND (payment.captured_minor <> o.amount_minor
+                        OR payment.refunded_minor <> coalesce(
+                            (SELECT sum(refund.amount_minor) FROM payment_refund refund
+                             WHERE refund.payment_id = payment.id AND refund.kind = 'staff'
+                               AND refund.status = 'done'), 0)
                         OR (payment.refunded_minor >= payment.captured_minor
                             AND payment.changed_us < :now_us - :slack_us))""",
     ),
@@ -251,7 +255,8 @@ MONEY = (
     Check(
         name="money.kept",
         promise="no money is kept for an order that was cancelled or closed",
-        query="""SELECT o.id AS order_id, o.status, payment.captured_minor, payment.refunded_minor
+        query="""SELECT o.id AS order_id, o.status, payment.id AS payment_id, payment.captured_minor,
+                        payment.refunded_minor
                  FROM order_order o JOIN payment_order payment ON payment.order_id = o.id
                  WHERE o.status IN ('cancelled', 'closed') AND payment.captured_minor <> payment.refunded_minor
                    AND payment.changed_us < :now_us - :slack_us""",
@@ -265,6 +270,12 @@ MONEY = (
                    AND payment.changed_us < :now_us - :slack_us""",
     ),
     Check(
+        name="money.unaccepted",
+        promise="an order or a refund took charge of captured money",
+        query="""SELECT id AS payment_id, order_id, captured_minor FROM payment_order
+                 WHERE status = 3 AND accepted_us IS NULL AND changed_us < :now_us - :slack_us""",
+    ),
+    Check(
         name="money.payable",
         promise="an order that waits for payment can be paid",
         query="""SELECT o.id AS order_id, payment.status FROM order_order o
@@ -273,13 +284,16 @@ MONEY = (
     ),
     Check(
         name="money.refunds",
-        promise="refunded money equals the refunds that are done",
-        query="""SELECT payment.id AS payment_id, payment.refunded_minor,
-                        coalesce(sum(refund.amount_minor), 0) AS by_refunds
-                 FROM payment_order payment
-                 LEFT JOIN payment_refund refund ON refund.payment_id = payment.id AND refund.status = 'done'
-                 GROUP BY payment.id, payment.refunded_minor
-                 HAVING payment.refunded_minor <> coalesce(sum(refund.amount_minor), 0)""",
+        promise="refunded and reserved money equals the refunds that are done and pending",
+        query="""SELECT payment.id AS payment_id, payment.refunded_minor, payment.refunding_minor,
+                        coalesce(sum(CASE refund.status WHEN 'done' THEN refund.amount_minor END), 0) AS by_refunds,
+                        coalesce(sum(CASE refund.status WHEN 'pending' THEN refund.amount_minor END), 0) AS by_pending
+                 FROM payment_order payment LEFT JOIN payment_refund refund ON refund.payment_id = payment.id
+                 GROUP BY payment.id, payment.refunded_minor, payment.refunding_minor
+                 HAVING payment.refunded_minor
+                        <> coalesce(sum(CASE refund.status WHEN 'done' THEN refund.amount_minor END), 0)
+                     OR payment.refunding_minor
+                        <> coalesce(sum(CASE refund.status WHEN 'pending' THEN refund.amount_minor END), 0)""",
     ),
     Check(
         name="money.refund_overdue",
@@ -345,6 +359,14 @@ async def audit(database: Database, clock: Clock, slack_ms: int) -> Report:
                 findings.append(Finding(name=check.name, promise=check.promise, count=len(rows), rows=shown))
         figures = {row.name: int(row.value) for row in await tx.execute(text(FIGURES))}
     return Report(clean=not findings, checks=len(CHECKS), figures=figures, findings=tuple(findings))
+
+
+async def broken(database: Database, check: Check, now_us: int, slack_us: int, limit: int) -> list[dict[str, Any]]:
+    """The rows that break one check, at most so many; reads only."""
+    query = f"SELECT * FROM ({check.query}) AS broken LIMIT {int(limit)}"  # noqa: S608  # constants of ours
+    async with database.read() as tx:
+        found = await tx.execute(_statement(query, {"now_us": now_us, "slack_us": slack_us}))
+        return [dict(row._mapping) for row in found]
 
 
 def _statement(query: str, times: dict[str, int]) -> TextClause:

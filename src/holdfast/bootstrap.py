@@ -29,6 +29,8 @@ from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.tables import HISTORY as MESSAGING_HISTORY
 from holdfast.messaging.toolkit import Messaging, open_messaging
 from holdfast.messaging.transports.sql.transport import SqlTransport
+from holdfast.reconciliation.repairs import Repairs
+from holdfast.reconciliation.service import ReconciliationService
 from holdfast.services.carts import listeners as cart_listeners
 from holdfast.services.carts.actions import Carts
 from holdfast.services.carts.service import CartService
@@ -43,6 +45,8 @@ from holdfast.services.orders.transitions import Transitions
 from holdfast.services.payments import listeners as payment_listeners
 from holdfast.services.payments.actions import Payments
 from holdfast.services.payments.needs import Provider
+from holdfast.services.payments.refund_service import RefundService
+from holdfast.services.payments.refunds import Refunds
 from holdfast.services.payments.sandbox import NAME as SANDBOX
 from holdfast.services.payments.sandbox import SECRET_CHARS_MIN, Sandbox
 from holdfast.services.payments.sandbox_book import SandboxBook
@@ -72,6 +76,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     carts: CartService
     stock: StockService
     payments: PaymentService
+    refunds: RefundService
+    reconciliation: ReconciliationService
     providers: Mapping[str, Provider]
     listens: tuple[Listen, ...]
     sweepers: list[Sweeper]
@@ -164,6 +170,8 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         stock_group = await stack.enter_async_context(_stock_writer(database, group, clock, settings.database))
         providers = await _providers(settings, database, group, clock, stack)
         payments = Payments(clock, ids, outbox, providers, settings.payments.provider)
+        refunds = Refunds(clock, ids, outbox)
+        refund_service = RefundService(database, group, refunds, providers, clock)
         stock = Stock(clock, ids, outbox)
         carts, moves = Carts(clock), Moves(clock, ids)
         transitions = Transitions(clock, moves, outbox, payments, settings.orders.extend_ms_max)
@@ -183,11 +191,13 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             settings.orders,
         )
         stock_service = StockService(database, stock_group, Shelves(clock, ids), stock, orders, clock, settings.stock)
+        repairs = Repairs(orders, stock_service, payment_service, refund_service, bus.error_store)
+        reconciliation = ReconciliationService(database, group, clock, ids, settings.reconciliation, repairs, providers)
         listens = (
             *order_listeners.listeners(orders),
             *cart_listeners.listeners(carts),
             *stock_listeners.listeners(stock_service, stock, stock_group),
-            *payment_listeners.listeners(payments, payment_service),
+            *payment_listeners.listeners(refunds, refund_service),
         )
         system = System(
             settings=settings,
@@ -198,9 +208,11 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             carts=CartService(database, group, carts),
             stock=stock_service,
             payments=payment_service,
+            refunds=refund_service,
+            reconciliation=reconciliation,
             providers=providers,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
-            sweepers=_sweepers(orders, stock_service, payment_service, settings, clock),
+            sweepers=_sweepers(orders, stock_service, payment_service, refund_service, reconciliation, settings, clock),
         )
         stack.push_async_callback(system.stop_work)
         yield system
@@ -316,7 +328,13 @@ def _tuned(listen: Listen, settings: MessagingSettings) -> Listen:
 
 
 def _sweepers(
-    orders: OrderService, stock: StockService, payments: PaymentService, settings: Settings, clock: Clock
+    orders: OrderService,
+    stock: StockService,
+    payments: PaymentService,
+    refunds: RefundService,
+    reconciliation: ReconciliationService,
+    settings: Settings,
+    clock: Clock,
 ) -> list[Sweeper]:
     """The guards; each looks for what is late by one of its intervals, since messages should have come by then."""
     of_orders, of_payments, poll_ms = settings.orders.sweep_ms, settings.payments.sweep_ms, settings.payments.poll_ms
@@ -326,4 +344,6 @@ def _sweepers(
         Sweeper("stock", of_orders, lambda: stock.sweep(of_orders), clock),
         Sweeper("payments", of_payments, lambda: payments.sweep(of_payments), clock),
         Sweeper("poll", poll_ms, lambda: payments.poll(poll_ms), clock),
+        Sweeper("refunds", of_payments, lambda: refunds.sweep(of_payments), clock),
+        Sweeper("reconciliation", settings.reconciliation.every_ms, reconciliation.sweep, clock),
     ]

@@ -136,6 +136,14 @@ class PaymentsSettings(Section, frozen=True, kw_only=True):
     alipay_timeout_ms: Annotated[int, Meta(ge=100, le=60_000)] = 10_000  # then the outcome of a call is unknown
 
 
+class ReconciliationSettings(Section, frozen=True, kw_only=True):
+    """`[reconciliation]`: the books compared with each other and with the provider's."""
+
+    every_ms: Annotated[int, Meta(ge=1_000, le=86_400_000)] = 60_000  # between two comparisons
+    slack_ms: Milliseconds = 60_000  # how late the machinery may be before that is a difference
+    repair: Literal["ask", "auto"] = "ask"  # auto runs those repairs that are safe without being asked
+
+
 class HttpSettings(Section, frozen=True, kw_only=True):
     """`[http]`: the edge."""
 
@@ -163,6 +171,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     orders: OrdersSettings = OrdersSettings()
     stock: StockSettings = StockSettings()
     payments: PaymentsSettings = PaymentsSettings()
+    reconciliation: ReconciliationSettings = ReconciliationSettings()
     http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()
 

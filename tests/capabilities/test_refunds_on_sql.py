@@ -1,7 +1,11 @@
-"""Row H19 of the capability table with the toolkit alone: inbox, and one guarded UPDATE for each step of an order."""
+"""Rows H19 and H42 of the capability table: a refund is not overwritten, and happens once.
+
+H19 with the toolkit alone: inbox, and one guarded UPDATE for each step of an order. H42 in the shop.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -10,8 +14,11 @@ from sqlalchemy import Column, MetaData, Table, Text, insert, select, update
 from holdfast.bootstrap import System
 from holdfast.db.database import Tx
 from holdfast.messaging.listen import Effect, Listen
-from tests.conftest import StartSystem
+from holdfast.services.payments.model import NothingToRefund, RefundStatus, RefundWish, as_booked
+from holdfast.settings import Settings
+from tests.conftest import StartSystem, eventually
 from tests.contract.notes import EXCHANGE, KEY, ONCE, QUEUE, Memo, Note, counts_become, office, parked_messages
+from tests.shop import PRICE_MINOR, clean, count, level_becomes, one_by_one, order, pay, rows, stock_up, two_systems
 
 _metadata = MetaData()
 _orders = Table("test_order", _metadata, Column("number", Text, primary_key=True), Column("status", Text))
@@ -77,3 +84,41 @@ async def test_H19_refund_not_overwritten(start_system: StartSystem, copies: tup
     await desk.tell(Note("B"), "pay-of-B")
     assert await desk.statuses() == {"A": "refunded", "B": "paid"}  # the handler still pays what is unpaid
     assert await parked_messages(system) == []
+
+
+@pytest.mark.parametrize("one_key", [True, False], ids=["one key", "twenty keys"])
+async def test_H42_refund_idempotency(start_system: StartSystem, settings: Settings, one_key: bool) -> None:  # noqa: N802
+    """20 refund calls at once, with one key or each with its own for all that is left: the provider sees one refund."""
+    systems = await two_systems(start_system, one_by_one(settings))
+    system = systems[0]
+    await stock_up(system, "SKU-1", 5)
+    view = await order(system, quantity=3)
+    await pay(system, view)
+    await level_becomes(system, sold=3)
+
+    def asked(number: int) -> RefundWish:
+        key = "one" if one_key else f"key-{number}"
+        return RefundWish(key=key, actor="boss", reason="the show is off", payment_id=int(view.payment.id))
+
+    answers = await asyncio.gather(
+        *(systems[number % len(systems)].refunds.request(asked(number)) for number in range(20)),
+        return_exceptions=True,
+    )
+
+    booked = [answer for answer in answers if not isinstance(answer, BaseException)]
+    assert len({each.refund.id for each in booked}) == 1
+    assert len({as_booked(each.refund) for each in booked}) == 1
+    assert [each.replayed for each in booked].count(False) == 1
+    assert len(booked) == (20 if one_key else 1)
+    assert all(isinstance(answer, NothingToRefund) for answer in answers if isinstance(answer, BaseException))
+
+    async def done() -> bool:
+        return (await system.refunds.get(booked[0].refund.id)).status is RefundStatus.DONE
+
+    await eventually(done, "the provider gave the money back")
+    assert await rows(system, "SELECT amount_minor FROM sandbox_refund") == [{"amount_minor": 3 * PRICE_MINOR}]
+    assert await count(system, "SELECT id FROM payment_refund") == 1
+    assert await rows(system, "SELECT captured_minor, refunded_minor, refunding_minor FROM payment_order") == [
+        {"captured_minor": 3 * PRICE_MINOR, "refunded_minor": 3 * PRICE_MINOR, "refunding_minor": 0}
+    ]
+    await clean(system)

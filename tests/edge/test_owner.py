@@ -14,6 +14,8 @@ from litestar import Litestar, get
 from holdfast.clock import US_PER_S, rfc3339
 from holdfast.edge.http.app import build_app
 from holdfast.edge.http.hot import HotRoutes
+from holdfast.edge.http.reconciliations import RECONCILIATIONS
+from holdfast.edge.http.refunds import REFUNDS
 from holdfast.edge.http.shell import Shell
 from holdfast.edge.http.stock import STOCK
 from holdfast.services.payments.sandbox import SIGNATURE_HEADER
@@ -42,7 +44,7 @@ class Sale(NamedTuple):
             "nobody": {},
             "another": self.counter.bearer("another"),
             "owner": self.counter.bearer(OWNER),
-            "staff": self.counter.bearer("boss", STOCK),
+            "staff": self.counter.bearer("boss", f"{STOCK} {REFUNDS} {RECONCILIATIONS}"),
         }
         headers = {**who[role], **sent.pop("headers", {})}
         return await self.counter.ask(method, path, headers, **sent)
@@ -114,6 +116,16 @@ def keep_warehouse(sale: Sale, role: Role) -> Any:
     return sale.ask(role, "PUT", "/v1/warehouses/north", body={"priority": 7})
 
 
+def refund(sale: Sale, role: Role) -> Any:
+    headers = {"idempotency-key": f"by-{role}"}
+    body = {"paymentId": sale.payment_id, "reason": "not paid yet"}
+    return sale.ask(role, "POST", "/v1/refunds", headers=headers, body=body)
+
+
+def deed(path: str) -> Callable[[Sale, Role], Any]:
+    return lambda sale, role: sale.ask(role, "POST", path, body={"reason": "a test"})
+
+
 def pay(sale: Sale, role: Role) -> Any:
     return sale.ask(role, "POST", sale.pay_url)
 
@@ -154,6 +166,14 @@ MATRIX = [
     Row("POST", "/v1/stocks/counts", 401, 403, 403, 201, count),
     Row("GET", "/v1/warehouses", 401, 403, 403, 200, plain("GET", "/v1/warehouses")),
     Row("PUT", "/v1/warehouses/{code}", 401, 403, 403, 200, keep_warehouse),
+    Row("POST", "/v1/refunds", 401, 403, 403, 409, refund),  # nothing was captured
+    Row("GET", "/v1/refunds", 401, 403, 403, 200, plain("GET", "/v1/refunds")),
+    Row("GET", "/v1/refunds/{refund_id}", 401, 403, 403, 404, plain("GET", "/v1/refunds/77")),
+    Row("GET", "/v1/reconciliations", 401, 403, 403, 200, plain("GET", "/v1/reconciliations")),
+    Row("POST", "/v1/reconciliations/{difference_id}/repair", 401, 403, 403, 404, deed("/v1/reconciliations/7/repair")),
+    Row(
+        "POST", "/v1/reconciliations/{difference_id}/dismiss", 401, 403, 403, 404, deed("/v1/reconciliations/7/dismiss")
+    ),
     # Who holds the link may pay, and a notice is believed for its signature: neither asks for a token.
     Row("POST", "/sandbox/pay/{token}", 200, 200, 200, 200, pay),
     Row("POST", "/v1/notices/sandbox", 200, 200, 200, 200, notify),

@@ -240,9 +240,16 @@ CORRUPTIONS = (
         "UPDATE payment_order SET status = 3, captured_minor = amount_minor WHERE order_id = :pending",
         order_id="pending",
     ),
+    one("money.unaccepted", "UPDATE payment_order SET accepted_us = NULL WHERE order_id = :paid", order_id="paid"),
     one("money.payable", "UPDATE payment_order SET status = 2 WHERE order_id = :pending", order_id="pending"),
     one("money.refunds", "DELETE FROM payment_refund", payment_id="refunded_payment"),
     one("money.refunds", "UPDATE payment_refund SET amount_minor = 1", "amount", payment_id="refunded_payment"),
+    one(
+        "money.refunds",
+        "UPDATE payment_order SET refunding_minor = 1 WHERE order_id = :paid",
+        "reserved",
+        payment_id="paid_payment",
+    ),
     one("money.refund_overdue", "UPDATE payment_refund SET status = 'pending'", payment_id="refunded_payment"),
     one(
         "money.notices",
@@ -297,10 +304,11 @@ UNSEEN = (
         check="money taken for an order that does not exist",
         breaks=(
             """INSERT INTO payment_order (id, order_id, buyer, provider, amount_minor, currency, status, trade_no,
-                                          captured_minor, refunded_minor, captured_us, pay_by_us, created_us,
-                                          changed_us)
+                                          captured_minor, refunded_minor, captured_us, accepted_us, pay_by_us,
+                                          refunding_minor, created_us, changed_us)
                SELECT 1, 1, buyer, provider, amount_minor, currency, status, trade_no,
-                      captured_minor, refunded_minor, captured_us, pay_by_us, created_us, changed_us
+                      captured_minor, refunded_minor, captured_us, accepted_us, pay_by_us, refunding_minor,
+                      created_us, changed_us
                FROM payment_order WHERE order_id = :paid""",
         ),
         shows={},

@@ -1019,7 +1019,7 @@ class TestAnyOneMessageLost:
         (wish_for_refund,) = await rows(system, "SELECT body FROM hf_message WHERE type = 'refund.requested'")
         request = msgspec.json.decode(wish_for_refund["body"], type=RefundRequested)
         async with system.database.transaction() as tx:
-            await system.payments._payments.request_refunds(tx, [request])
+            await system.refunds._refunds.request_late(tx, [request])
         assert await lose(system, "refund.requested") == 1
         assert await lose(system, "refund.due") == 1
 

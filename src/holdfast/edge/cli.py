@@ -1,4 +1,4 @@
-"""The command line: `holdfast serve | work | migrate | verify | stock | queues | errors | token | demo`, and more."""
+"""The command line: `holdfast serve | work | migrate | verify | stock | refunds | reconcile | queues | errors | ...`"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from holdfast.bootstrap import HISTORIES, migrate_all
 from holdfast.clock import SystemClock
 from holdfast.db.connect import connect
 from holdfast.db.migrate import require_current
-from holdfast.edge import errors_cli, queues_cli, stock_cli
+from holdfast.edge import errors_cli, queues_cli, reconcile_cli, refunds_cli, stock_cli
 from holdfast.edge.report import show
 from holdfast.errors import HoldfastError, InvalidInput
 from holdfast.settings import Secret, Settings, load
@@ -36,6 +36,8 @@ app = typer.Typer(
 app.add_typer(errors_cli.app)
 app.add_typer(queues_cli.app)
 app.add_typer(stock_cli.app)
+app.add_typer(reconcile_cli.app)
+app.add_typer(refunds_cli.app)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from holdfast.db.connect import connect
 from holdfast.db.database import Database
 from holdfast.db.migrate import History, require_current
 from holdfast.messaging.tables import HISTORY
-from holdfast.settings import load
+from holdfast.settings import Settings, load
 
 
 @asynccontextmanager
@@ -24,14 +24,20 @@ async def database_of_settings(
     *, read_only: bool, histories: Sequence[History] = (HISTORY,)
 ) -> AsyncIterator[Database]:
     """The configured database, migrated; raises what connecting raises, `SchemaOutdated`, `InvalidSettings`."""
-    settings = load()
-    observe.configure_logs(settings.log.format, settings.log.level)
+    settings = settings_with_logs()
     database = await connect(settings.database, read_only=read_only, create=False)
     try:
         await require_current(database, histories)  # a program of the toolkit has no other tables than messaging's
         yield database
     finally:
         await database.close()
+
+
+def settings_with_logs() -> Settings:
+    """The settings, and logs as they say."""
+    settings = load()
+    observe.configure_logs(settings.log.format, settings.log.level)
+    return settings
 
 
 def actor_or_user(given: str | None) -> str:

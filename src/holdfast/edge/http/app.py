@@ -10,7 +10,7 @@ from litestar.openapi import OpenAPIConfig
 from litestar.types import ASGIApp
 
 from holdfast.bootstrap import System
-from holdfast.edge.http import carts, health, orders, payments, stock
+from holdfast.edge.http import carts, health, orders, payments, reconciliations, refunds, stock
 from holdfast.edge.http.auth import Tokens, caller
 from holdfast.edge.http.hot import HotRoutes
 from holdfast.edge.http.problems import from_error, from_framework, page_not_found
@@ -26,7 +26,15 @@ def build_app(system: System) -> ASGIApp:
         return system
 
     app = Litestar(
-        route_handlers=[orders.router(), carts.router(), stock.router(), payments.router(), health.router()],
+        route_handlers=[
+            orders.router(),
+            carts.router(),
+            stock.router(),
+            payments.router(),
+            refunds.router(),
+            reconciliations.router(),
+            health.router(),
+        ],
         dependencies={
             "system": Provide(the_system, sync_to_thread=False, use_cache=True),
             "caller": Provide(caller, sync_to_thread=False),

@@ -14,10 +14,9 @@ from holdfast.bootstrap import System
 from holdfast.clock import rfc3339
 from holdfast.edge.http.auth import Caller
 from holdfast.edge.http.hot import Handler, Headers, ReadBody, Reply
-from holdfast.services.payments.model import ENDED, NOT_SUBMITTED, SUCCEEDED, WAITING, PaymentDetails
+from holdfast.services.payments.model import ENDED, NOT_SUBMITTED, SUCCEEDED, WAITING, PaymentDetails, PaymentNotFound
 from holdfast.services.payments.needs import Provider
 from holdfast.services.payments.sandbox import SignedNotice
-from holdfast.services.payments.service import PaymentNotFound
 
 _ID = re.compile(r"[1-9][0-9]{0,18}")
 ID_MAX = 2**63 - 1

@@ -18,10 +18,12 @@ from holdfast.errors import (
     Refused,
     Unavailable,
 )
+from holdfast.reconciliation.model import DifferenceNotFound
 from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.orders.model import CartEmpty, MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
-from holdfast.services.payments.service import PaymentNotFound, UnknownProvider
+from holdfast.services.payments.model import PaymentNotFound, RefundNotFound
+from holdfast.services.payments.service import UnknownProvider
 from holdfast.services.stock.model import LevelChanged, UnknownLevel, UnknownSku
 
 MEDIA_TYPE = "application/problem+json"
@@ -76,6 +78,8 @@ STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (PreconditionRequired, 428),
     (UnknownProvider, 404),
     (PaymentNotFound, 404),
+    (RefundNotFound, 404),
+    (DifferenceNotFound, 404),
     (KeyReused, 422),
     (UnknownSkuOnLine, 422),
     (MixedCurrencies, 422),

@@ -15,6 +15,9 @@ from holdfast.services.orders.model import IdempotencyKey
 T = TypeVar("T")
 
 _TAG = re.compile(r'\s*(W/)?"([\x21\x23-\x7e]*)"\s*(,|$)')
+ID_MAX = 2**63 - 1
+_ID = re.compile(r"[1-9][0-9]{0,18}")
+_NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 def body_of(kind: type[T]) -> Callable[[bytes], T]:
@@ -63,3 +66,27 @@ def if_match(headers: Mapping[str, str]) -> frozenset[str] | None:
             tags.add(tag[2])
         at, more = tag.end(), tag[3] == ","
     return frozenset(tags)
+
+
+def row_id(text: str) -> int | None:
+    """An id as it stands in paths and bodies; None for what is no id, which names nothing."""
+    return int(text) if _ID.fullmatch(text) and int(text) <= ID_MAX else None
+
+
+def wanted_id(name: str, text: str | None) -> int | None:
+    """An id that a body or query may name; raises `InvalidInput` for what is no id."""
+    if text is None:
+        return None
+    found = row_id(text)
+    if found is None:
+        raise InvalidInput(f"{name} is no id; ids are written as they were given out")
+    return found
+
+
+def page_of(query: Mapping[str, str], limit_max: int) -> tuple[int, int]:
+    """(after, limit) of a list: the page behind the id `after`, 50 long if not said; raises `InvalidInput`."""
+    after = query.get("after", "0")
+    limit = query.get("limit", str(min(50, limit_max)))
+    if not _NUMBER.fullmatch(limit) or not 1 <= int(limit) <= limit_max:
+        raise InvalidInput(f"limit is a number in 1..{limit_max}")
+    return (0 if after == "0" else wanted_id("after", after) or 0), int(limit)

@@ -109,6 +109,32 @@ class RefundDue(Event, frozen=True, kw_only=True):
     refund_id: int
 
 
+class RefundOpened(Event, frozen=True, kw_only=True):
+    """A refund that staff asked for is on the books; `full` when nothing is left of the captured money after it."""
+
+    refund_id: int
+    payment_id: int
+    order_id: int
+    amount_minor: int
+    full: bool
+
+
+class RefundSucceeded(Event, frozen=True, kw_only=True):
+    """The provider gave money back; `refunded_minor` is all of the payment that was given back, this refund included.
+
+    `key_reason` is `late` for money that no order owed, `staff` for what staff asked for.
+    """
+
+    refund_id: int
+    payment_id: int
+    order_id: int
+    amount_minor: int
+    currency: str
+    refunded_minor: int
+    captured_minor: int
+    key_reason: str
+
+
 TYPES: dict[str, type[msgspec.Struct]] = {
     "order.created": OrderCreated,
     "order.due": OrderDue,
@@ -123,5 +149,7 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "payment.succeeded": PaymentSucceeded,
     "refund.requested": RefundRequested,
     "refund.due": RefundDue,
+    "refund.opened": RefundOpened,
+    "refund.succeeded": RefundSucceeded,
 }
 """Type id on the wire -> struct; nothing else is ever built from a message."""

@@ -22,6 +22,8 @@ KEY_STOCK_LOCKED = "stock.locked"
 KEY_STOCK_RELEASE = "stock.release"
 KEY_PAY_SUCCESS = "pay.success"
 KEY_PAY_REFUND = "pay.refund"
+KEY_REFUND_OPENED = "pay.refund.opened"
+KEY_REFUNDED = "pay.refunded"
 
 USER_HEADER = "user-info"  # whose cart it is, on what carts are told
 

@@ -1,4 +1,4 @@
-"""Verbs of payments: open, apply a capture, end, refund. Each takes a batch within the caller's transaction."""
+"""Verbs of payments: open, apply a capture, end. Each takes a batch within the caller's transaction."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import msgspec
-from sqlalchemy import update
 
 from holdfast import observe
 from holdfast.clock import Clock
 from holdfast.db.database import Tx
-from holdfast.db.prepared import insert
 from holdfast.errors import HoldfastError
 from holdfast.ids import IdSource
 from holdfast.messaging.draft import Draft
 from holdfast.messaging.outbox import Outbox
 from holdfast.services.contracts import topology
-from holdfast.services.contracts.events import PaymentSucceeded, RefundDue, RefundRequested
+from holdfast.services.contracts.events import PaymentSucceeded
 from holdfast.services.contracts.values import Bill, PaymentRef
 from holdfast.services.payments import store
 from holdfast.services.payments.model import (
@@ -130,48 +128,6 @@ class Payments:
         if payment_ids:
             await store.accept(tx, payment_ids, self._clock.now_us())
 
-    async def request_refunds(self, tx: Tx, wishes: Sequence[RefundRequested]) -> None:
-        """Put refunds on the books, one for each payment and reason, and wake up the one who asks the provider."""
-        payments = await store.lock_payments(tx, {wish.payment_id for wish in wishes})
-        now_us = self._clock.now_us()
-        await store.accept(tx, set(payments), now_us)
-        drafts = []
-        for wish in wishes:
-            payment = payments[wish.payment_id]
-            owed = payment.captured_minor - payment.refunded_minor
-            if owed <= 0:
-                continue
-            refund_id = self._ids.next()
-            row = {
-                "id": refund_id,
-                "payment_id": payment.id,
-                "key": f"{wish.reason}:{payment.id}",
-                "amount_minor": owed,
-                "currency": payment.currency,
-                "status": "pending",
-                "created_us": now_us,
-                "changed_us": now_us,
-            }
-            written = insert(tx.dialect, store.refunds).values(**row).on_conflict_do_nothing(index_elements=["key"])
-            if (await tx.execute(written)).rowcount:
-                drafts.append(_refund_due(refund_id, tx.trace_of(wish)))
-        await self._outbox.add_all(tx, drafts)
-
-    async def remind_refunds(self, tx: Tx, refund_ids: Sequence[int]) -> list[HoldfastError | None]:
-        """Wake up refunds whose message may have been lost."""
-        await self._outbox.add_all(tx, [_refund_due(refund_id, {}) for refund_id in refund_ids])
-        await store.touch_refunds(tx, refund_ids, self._clock.now_us())
-        return [None for _ in refund_ids]
-
-    async def mark_refunded(self, tx: Tx, refund_ids: Sequence[int]) -> list[HoldfastError | None]:
-        """Book refunds that the provider confirmed; each counts once."""
-        now_us = self._clock.now_us()
-        for payment_id, amount_minor in await store.finish_refunds(tx, refund_ids, now_us):
-            booked = update(store.payments).where(store.payments.c.id == payment_id)
-            more = store.payments.c.refunded_minor + amount_minor
-            await tx.execute(booked.values(refunded_minor=more, changed_us=now_us))
-        return [None for _ in refund_ids]
-
     def _merchant_of(self, provider: str) -> str | None:
         return self._providers[provider].merchant_id if provider in self._providers else None
 
@@ -243,8 +199,3 @@ def _captured(payment: PaymentOrder, capture: Capture) -> PaymentOrder:
         captured_minor=payment.amount_minor,
         captured_us=capture.captured_us,
     )
-
-
-def _refund_due(refund_id: int, trace: Mapping[str, str]) -> Draft:
-    due = RefundDue(refund_id=refund_id)
-    return Draft(exchange=topology.PAY, routing_key=topology.KEY_PAY_REFUND, body=due, trace=trace)

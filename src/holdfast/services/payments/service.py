@@ -1,4 +1,4 @@
-"""Payments' counter: notices from outside, closing trades before orders close, refunds asked of the provider."""
+"""Payments' counter: notices from outside, closing trades before orders close."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 import msgspec
-from sqlalchemy import select
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
@@ -17,8 +16,15 @@ from holdfast.services.contracts.events import PaymentSucceeded
 from holdfast.services.contracts.values import TradeEnd
 from holdfast.services.payments import store
 from holdfast.services.payments.actions import Payments, succeeded
-from holdfast.services.payments.model import SUCCEEDED, WAITING, PaymentDetails, PaymentOrder, Verdict
-from holdfast.services.payments.needs import Orders, Provider, RefundEnd
+from holdfast.services.payments.model import (
+    SUCCEEDED,
+    WAITING,
+    PaymentDetails,
+    PaymentNotFound,
+    PaymentOrder,
+    Verdict,
+)
+from holdfast.services.payments.needs import Orders, Provider
 
 SWEEP_PAGE = 500
 ASK_AT_ONCE = 32  # questions to providers
@@ -30,12 +36,6 @@ class UnknownProvider(Refused):
     """There is no such payment provider."""
 
     code = "unknown_provider"
-
-
-class PaymentNotFound(Refused):
-    """There is no such payment order of this buyer."""
-
-    code = "payment_not_found"
 
 
 class PaymentService:
@@ -123,35 +123,37 @@ class PaymentService:
             await self._group.submit(self._payments.apply, answer.capture)
         return TradeEnd.UNKNOWN if answer.end is TradeEnd.OPEN else answer.end
 
-    async def refund(self, refund_id: int) -> bool:
-        """Ask the provider for a pending refund and book it; False when it has to be asked again."""
-        async with self._database.read() as tx:
-            row = (await tx.execute(select(store.refunds).where(store.refunds.c.id == refund_id))).first()
-            payment = await store.by_id(tx, row.payment_id) if row else None
-        if row is None or payment is None or row.status == "done":
-            return True
+    async def tell_again(self, payment_id: int) -> None:
+        """Tell orders once more of a payment that succeeded; does nothing for any other."""
+        payment = await self._known(payment_id)
+        if payment.status == SUCCEEDED:
+            await self._group.submit(self._payments.tell_again, payment)
+
+    async def learn(self, payment_id: int) -> TradeEnd:
+        """Ask the provider what became of a trade and apply its capture, if there is one; changes nothing else.
+
+        Raises `PaymentNotFound`.
+        """
+        payment = await self._known(payment_id)
         provider = self._provider_of(payment)
         if provider is None:
-            return False
-        answer = await provider.refund(payment, refund_id, row.amount_minor)
-        if answer.end is RefundEnd.REFUSED:
-            log.error("refund_refused", refund_id=refund_id, payment_id=payment.id, reason=answer.reason)
-        if answer.end is not RefundEnd.DONE:
-            return False
-        await self._group.submit(self._payments.mark_refunded, refund_id)
-        return True
+            return TradeEnd.UNKNOWN
+        answer = await provider.query(payment)
+        if answer.capture is not None:
+            await self._group.submit(self._payments.apply, answer.capture)
+        return answer.end
+
+    async def _known(self, payment_id: int) -> PaymentOrder:
+        async with self._database.read() as tx:
+            payment = await store.by_id(tx, payment_id)
+        if payment is None:
+            raise PaymentNotFound(f"there is no payment {payment_id}")
+        return payment
 
     async def sweep(self, older_than_ms: int) -> int:
-        """Tell again of captured money that nobody took charge of, judge notices again, and wake up refunds that wait.
-
-        Answers how many of these there were.
-        """
+        """Tell again of captured money that nobody took charge of, and judge notices again; answers how many."""
         before_us = self._clock.now_us() - older_than_ms * US_PER_MS
-        async with self._database.read() as tx:
-            waiting = await store.pending_refunds(tx, before_us, SWEEP_PAGE)
-        for refund_id in waiting:
-            await self._group.submit(self._payments.remind_refunds, refund_id)
-        return len(waiting) + await self._tell_unaccepted(before_us) + await self._judge_again()
+        return await self._tell_unaccepted(before_us) + await self._judge_again()
 
     async def poll(self, older_than_ms: int) -> int:
         """Ask the providers about each unpaid payment order of that age, and pay the orders of all captured money.

@@ -53,10 +53,14 @@ payments = Table(
     Column("captured_us", BigInteger),
     Column("accepted_us", BigInteger),  # when an order or a refund took charge of the captured money
     Column("pay_by_us", BigInteger, nullable=False),
+    Column("refunding_minor", BigInteger, nullable=False),  # reserved by refunds that are pending
     Column("created_us", BigInteger, nullable=False),
     Column("changed_us", BigInteger, nullable=False),
     CheckConstraint("status IN (0, 1, 2, 3)", name="status"),
-    CheckConstraint("0 <= refunded_minor AND refunded_minor <= captured_minor", name="refunded"),
+    CheckConstraint(
+        "0 <= refunded_minor AND 0 <= refunding_minor AND refunded_minor + refunding_minor <= captured_minor",
+        name="refunded",
+    ),
     CheckConstraint("captured_minor IN (0, amount_minor)", name="captured"),
 )
 
@@ -104,21 +108,45 @@ refunds = Table(
     metadata,
     Column("id", BigInteger, primary_key=True, autoincrement=False),
     Column("payment_id", BigInteger, nullable=False),
-    Column("key", Text, nullable=False, unique=True),  # why; a reason refunds a payment once
+    Column("order_id", BigInteger, nullable=False),
+    Column("key", Text, nullable=False, unique=True),  # late:<payment>, or staff:<idempotency key>
+    Column("kind", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("fingerprint", LargeBinary, nullable=False),  # of what was asked under the key
     Column("amount_minor", BigInteger, nullable=False),
     Column("currency", Text, nullable=False),
     Column("status", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),  # answers of the provider that said nothing
+    Column("ask_us", BigInteger, nullable=False),  # when the provider is to be asked again
+    Column("detail", Text, nullable=False),  # what the provider said when it refused
     Column("created_us", BigInteger, nullable=False),
     Column("changed_us", BigInteger, nullable=False),
-    CheckConstraint("status IN ('pending', 'done')", name="status"),
+    CheckConstraint("status IN ('pending', 'done', 'refused')", name="status"),
+    CheckConstraint("kind IN ('late', 'staff')", name="kind"),
     CheckConstraint("amount_minor > 0", name="amount"),
 )
+Index("ix_payment_refund_payment_id", refunds.c.payment_id)
 Index(
     "ix_payment_refund_pending",
-    refunds.c.changed_us,
+    refunds.c.ask_us,
     sqlite_where=refunds.c.status == "pending",
     postgresql_where=refunds.c.status == "pending",
 )
+
+# One row per step of a refund, and who took it.
+refund_log = Table(
+    "payment_refund_log",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("refund_id", BigInteger, nullable=False),
+    Column("from_status", Text),
+    Column("to_status", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+)
+Index("ix_payment_refund_log_refund_id", refund_log.c.refund_id)
 
 _FIELDS = [payments.c[name] for name in PaymentOrder.__struct_fields__]
 
@@ -161,19 +189,9 @@ def _end_open(dialect: Dialect) -> Executable:
     )
 
 
-def _finish_refunds(dialect: Dialect) -> Executable:
-    return (
-        update(refunds)
-        .where(among(dialect, refunds.c.id, "refund_ids"), refunds.c.status == "pending")
-        .values(status="done", changed_us=bindparam("now_us"))
-        .returning(refunds.c.payment_id, refunds.c.amount_minor)
-    )
-
-
 _LOCK = Prepared(_lock)
 _SUCCEED = Prepared(_succeed)
 _END_OPEN = Prepared(_end_open)
-_FINISH_REFUNDS = Prepared(_finish_refunds)
 _OF_ORDER = Prepared(lambda _: select(*_FIELDS).where(payments.c.order_id == bindparam("of_order")))
 _BY_ID = Prepared(lambda _: select(*_FIELDS).where(payments.c.id == bindparam("payment_id")))
 _TOLD = Prepared(
@@ -219,14 +237,6 @@ _UNACCEPTED = Prepared(
         )
         .order_by(payments.c.id)
         .limit(bindparam("room", type_=BigInteger))
-    )
-)
-_TOUCH_REFUNDS = Prepared(
-    lambda dialect: (
-        update(refunds)
-        .where(among(dialect, refunds.c.id, "refund_ids"))
-        .values(changed_us=bindparam("now_us"))
-        .returning(refunds.c.id)
     )
 )
 
@@ -331,17 +341,6 @@ async def extend(tx: Tx, deadlines: Mapping[int, int], now_us: int) -> list[Paym
     return [_payment(row) for row in found]
 
 
-async def finish_refunds(tx: Tx, refund_ids: Collection[int], now_us: int) -> list[tuple[int, int]]:
-    """Mark pending refunds done; answers (payment id, amount in minor units) of those that were pending."""
-    rows = await _FINISH_REFUNDS.rows(tx, refund_ids=sorted(refund_ids), now_us=now_us)
-    return [(row.payment_id, row.amount_minor) for row in rows]
-
-
-async def touch_refunds(tx: Tx, refund_ids: Collection[int], now_us: int) -> None:
-    """Note that refunds were asked about."""
-    await _TOUCH_REFUNDS.rows(tx, refund_ids=sorted(refund_ids), now_us=now_us)
-
-
 async def accept(tx: Tx, payment_ids: Collection[int], now_us: int) -> None:
     """Note that somebody took charge of the captured money."""
     await _ACCEPT.rows(tx, payment_ids=sorted(payment_ids), now_us=now_us)
@@ -350,17 +349,6 @@ async def accept(tx: Tx, payment_ids: Collection[int], now_us: int) -> None:
 async def unaccepted(tx: Tx, before_us: int, after: int, limit: int) -> list[PaymentOrder]:
     """Payments captured before an instant that nobody took charge of, in order of id, after the given one."""
     return [_payment(row) for row in await _UNACCEPTED.rows(tx, before_us=before_us, after=after, room=limit)]
-
-
-async def pending_refunds(tx: Tx, before_us: int, limit: int) -> Sequence[int]:
-    """Refunds that have waited since before an instant."""
-    statement = (
-        select(refunds.c.id)
-        .where(refunds.c.status == "pending", refunds.c.changed_us < before_us)
-        .order_by(refunds.c.changed_us)
-        .limit(limit)
-    )
-    return (await tx.execute(statement)).scalars().all()
 
 
 def _payment(row: Any) -> PaymentOrder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
 from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Database, Tx
@@ -173,14 +173,27 @@ class StockService(ShelfService):
                 return found
             after = max(page)
             fates = await self._orders.fates(page)
-            ended = [order_id for order_id, fate in fates.items() if fate is Fate.ENDED]
-            ended += [order_id for order_id, held_us in page.items() if order_id not in fates and held_us <= strange_us]
-            paid = [order_id for order_id, fate in fates.items() if fate is Fate.PAID]
-            if ended:
-                await self._group.submit(self._release, ended)
-            if paid:
-                await self._group.submit(self._deduct, paid)
-            found += len(ended) + len(paid)
+            strange = [
+                order_id for order_id, held_us in page.items() if order_id not in fates and held_us <= strange_us
+            ]
+            found += await self._settle(fates, strange)
+
+    async def settle(self, order_ids: Sequence[int]) -> int:
+        """Ask what became of these orders; give back or deduct what is held for them. Answers how many have ended."""
+        return await self._settle(await self._orders.fates(order_ids), [])
+
+    async def _settle(self, fates: Mapping[int, Fate], strange: Sequence[int]) -> int:
+        ended = [order_id for order_id, fate in fates.items() if fate is Fate.ENDED] + list(strange)
+        paid = [order_id for order_id, fate in fates.items() if fate is Fate.PAID]
+        if ended:
+            await self.release(ended)
+        if paid:
+            await self._group.submit(self._deduct, paid)
+        return len(ended) + len(paid)
+
+    async def release(self, order_ids: Sequence[int]) -> int:
+        """Give back what is still held for these orders, whatever became of them; answers how many details moved."""
+        return await self._group.submit(self._release, order_ids)
 
     async def _release(self, tx: Tx, groups: Sequence[Sequence[int]]) -> list[HoldfastError | int]:
         return [await self._stock.release(tx, group) for group in groups]

@@ -131,10 +131,12 @@ def upgrade() -> None:
         sa.Column("captured_us", sa.BigInteger(), nullable=True),
         sa.Column("accepted_us", sa.BigInteger(), nullable=True),
         sa.Column("pay_by_us", sa.BigInteger(), nullable=False),
+        sa.Column("refunding_minor", sa.BigInteger(), nullable=False),
         sa.Column("created_us", sa.BigInteger(), nullable=False),
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
         sa.CheckConstraint(
-            "0 <= refunded_minor AND refunded_minor <= captured_minor", name=op.f("ck_payment_order_refunded")
+            "0 <= refunded_minor AND 0 <= refunding_minor AND refunded_minor + refunding_minor <= captured_minor",
+            name=op.f("ck_payment_order_refunded"),
         ),
         sa.CheckConstraint("captured_minor IN (0, amount_minor)", name=op.f("ck_payment_order_captured")),
         sa.CheckConstraint("status IN (0, 1, 2, 3)", name=op.f("ck_payment_order_status")),
@@ -161,25 +163,85 @@ def upgrade() -> None:
         "payment_refund",
         sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("payment_id", sa.BigInteger(), nullable=False),
+        sa.Column("order_id", sa.BigInteger(), nullable=False),
         sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("fingerprint", sa.LargeBinary(), nullable=False),
         sa.Column("amount_minor", sa.BigInteger(), nullable=False),
         sa.Column("currency", sa.Text(), nullable=False),
         sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("ask_us", sa.BigInteger(), nullable=False),
+        sa.Column("detail", sa.Text(), nullable=False),
         sa.Column("created_us", sa.BigInteger(), nullable=False),
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
-        sa.CheckConstraint("status IN ('pending', 'done')", name=op.f("ck_payment_refund_status")),
+        sa.CheckConstraint("status IN ('pending', 'done', 'refused')", name=op.f("ck_payment_refund_status")),
+        sa.CheckConstraint("kind IN ('late', 'staff')", name=op.f("ck_payment_refund_kind")),
         sa.CheckConstraint("amount_minor > 0", name=op.f("ck_payment_refund_amount")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_payment_refund")),
         sa.UniqueConstraint("key", name=op.f("uq_payment_refund_key")),
     )
+    op.create_index("ix_payment_refund_payment_id", "payment_refund", ["payment_id"], unique=False)
     op.create_index(
         "ix_payment_refund_pending",
         "payment_refund",
-        ["changed_us"],
+        ["ask_us"],
         unique=False,
         sqlite_where=sa.text("status = 'pending'"),
         postgresql_where=sa.text("status = 'pending'"),
     )
+    op.create_table(
+        "payment_refund_log",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("refund_id", sa.BigInteger(), nullable=False),
+        sa.Column("from_status", sa.Text(), nullable=True),
+        sa.Column("to_status", sa.Text(), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("detail", sa.Text(), nullable=False),
+        sa.Column("at_us", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_payment_refund_log")),
+    )
+    op.create_index("ix_payment_refund_log_refund_id", "payment_refund_log", ["refund_id"], unique=False)
+    op.create_table(
+        "reconciliation_difference",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("subject", sa.Text(), nullable=False),
+        sa.Column("detail", sa.Text(), nullable=False),
+        sa.Column("repair", sa.Text(), nullable=False),
+        sa.Column("advice", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("first_seen_us", sa.BigInteger(), nullable=False),
+        sa.Column("last_seen_us", sa.BigInteger(), nullable=False),
+        sa.Column("repair_us", sa.BigInteger(), nullable=True),
+        sa.Column("closed_us", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint(
+            "state IN ('open', 'dismissed', 'repaired', 'gone')", name=op.f("ck_reconciliation_difference_state")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_reconciliation_difference")),
+    )
+    op.create_index(
+        "uq_reconciliation_difference_live",
+        "reconciliation_difference",
+        ["kind", "subject"],
+        unique=True,
+        sqlite_where=sa.text("state IN ('open', 'dismissed')"),
+        postgresql_where=sa.text("state IN ('open', 'dismissed')"),
+    )
+    op.create_table(
+        "reconciliation_log",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("difference_id", sa.BigInteger(), nullable=True),
+        sa.Column("action", sa.Text(), nullable=False),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("outcome", sa.Text(), nullable=False),
+        sa.Column("at_us", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_reconciliation_log")),
+    )
+    op.create_index("ix_reconciliation_log_difference_id", "reconciliation_log", ["difference_id"], unique=False)
     op.create_table(
         "sandbox_refund",
         sa.Column("refund_id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -313,12 +375,24 @@ def downgrade() -> None:
     op.drop_table("stock_ledger")
     op.drop_table("sandbox_trade")
     op.drop_table("sandbox_refund")
+    op.drop_index("ix_reconciliation_log_difference_id", table_name="reconciliation_log")
+    op.drop_table("reconciliation_log")
+    op.drop_index(
+        "uq_reconciliation_difference_live",
+        table_name="reconciliation_difference",
+        sqlite_where=sa.text("state IN ('open', 'dismissed')"),
+        postgresql_where=sa.text("state IN ('open', 'dismissed')"),
+    )
+    op.drop_table("reconciliation_difference")
+    op.drop_index("ix_payment_refund_log_refund_id", table_name="payment_refund_log")
+    op.drop_table("payment_refund_log")
     op.drop_index(
         "ix_payment_refund_pending",
         table_name="payment_refund",
         sqlite_where=sa.text("status = 'pending'"),
         postgresql_where=sa.text("status = 'pending'"),
     )
+    op.drop_index("ix_payment_refund_payment_id", table_name="payment_refund")
     op.drop_table("payment_refund")
     op.drop_index(
         "ix_payment_order_waiting",
