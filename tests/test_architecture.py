@@ -25,6 +25,7 @@ ROOMS: dict[str, int] = {
     "deadline": 0,
     "ids": 0,
     "settings": 0,
+    "webhooks": 0,
     "observe": 0,
     "db": 1,
     "messaging": 2,
@@ -49,13 +50,23 @@ SERVICE_RANKS: dict[str, int] = {
     "place": 2,
     "actions": 2,
     "sandbox": 2,
+    "addresses": 2,
+    "wire": 2,
     "transitions": 3,
+    "lanes": 3,
     "service": 4,
     "listeners": 5,
 }
 """Inside a service a module imports only modules of a lower rank; a new kind of module needs a rank here."""
 
-LAZY_IMPORTERS = frozenset({"holdfast.messaging.transports.registry", "holdfast.edge.cli", "holdfast.edge.queues_cli"})
+LAZY_IMPORTERS = frozenset(
+    {
+        "holdfast.messaging.transports.registry",
+        "holdfast.bootstrap",
+        "holdfast.edge.cli",
+        "holdfast.edge.queues_cli",
+    }
+)
 """Who may call import_module: libraries of an extra stay optional, and a user may name a module of his own."""
 
 CLOCK_MODULES = ("holdfast.clock", "holdfast.deadline")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib import import_module
 
 import msgspec
 from sqlalchemy import text
@@ -29,6 +31,9 @@ from holdfast.messaging.toolkit import Messaging, open_messaging
 from holdfast.messaging.transports.sql.transport import SqlTransport
 from holdfast.services.contracts.events import TYPES
 from holdfast.services.contracts.topology import TOPOLOGY
+from holdfast.services.feed import listeners as feed_listeners
+from holdfast.services.feed.actions import Feed
+from holdfast.services.feed.service import FeedService
 from holdfast.services.orders import listeners as order_listeners
 from holdfast.services.orders.place import PlaceOrders
 from holdfast.services.orders.service import OrderService
@@ -42,6 +47,11 @@ from holdfast.services.stock import listeners as stock_listeners
 from holdfast.services.stock.actions import Stock
 from holdfast.services.stock.service import StockService
 from holdfast.services.sweeper import Sweeper
+from holdfast.services.webhooks import listeners as webhook_listeners
+from holdfast.services.webhooks.actions import Webhooks
+from holdfast.services.webhooks.addresses import SafeResolver
+from holdfast.services.webhooks.lanes import Lanes
+from holdfast.services.webhooks.service import WebhookDesk, WebhookService
 from holdfast.settings import DatabaseSettings, MessagingSettings, Settings
 
 HISTORIES = (MESSAGING_HISTORY, SERVICES_HISTORY)
@@ -60,6 +70,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     stock: StockService
     payments: PaymentService
     sandbox: Sandbox
+    events: FeedService
+    webhooks: WebhookService
     listens: tuple[Listen, ...]
     sweepers: list[Sweeper]
 
@@ -115,6 +127,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
         """Stop sweepers and listeners: running handlers finish, the rest goes back to the queues."""
         await asyncio.gather(*(sweeper.stop() for sweeper in self.sweepers))
         await self.messaging.stop_listeners()
+        await self.webhooks.stop(self.messaging.drain_s)
 
 
 @asynccontextmanager
@@ -135,7 +148,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             )
         )
         group, ids, outbox = bus.group, bus.ids, bus.outbox
-        stock_group = await stack.enter_async_context(_stock_writer(database, group, clock, settings.database))
+        stock_group = await stack.enter_async_context(_own_writer("stock", database, group, clock, settings.database))
         sandbox = _sandbox(settings, group, clock)
         payments = Payments(clock, ids, outbox, sandbox, settings.payments.merchant_id)
         payment_service = PaymentService(database, group, payments, sandbox, clock)
@@ -144,10 +157,17 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         transitions = Transitions(clock, ids, outbox, payments)
         orders = OrderService(database, stock_group, group, place, transitions, payment_service, clock, settings.orders)
         stock_service = StockService(database, stock_group, stock, orders, clock)
+        hooks = Webhooks(clock, ids, outbox, settings.webhooks, random.Random())  # noqa: S311  # jitter
+        webhooks = await stack.enter_async_context(_webhooks(database, group, hooks, settings, clock))
+        feed_group = await stack.enter_async_context(_own_writer("feed", database, group, clock, settings.database))
+        feed = Feed(clock, orders, hooks)
+        events = FeedService(database, feed_group, feed, clock, settings.events.keep_days)
         listens = (
             *order_listeners.listeners(orders, transitions),
             *stock_listeners.listeners(stock, stock_group),
             *payment_listeners.listeners(payments, payment_service),
+            *feed_listeners.listeners(feed, feed_group),
+            *webhook_listeners.listeners(webhooks),
         )
         system = System(
             settings=settings,
@@ -158,8 +178,13 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             stock=stock_service,
             payments=payment_service,
             sandbox=sandbox,
+            events=events,
+            webhooks=webhooks,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
-            sweepers=_sweepers(orders, stock_service, payment_service, settings, clock),
+            sweepers=[
+                *_sweepers(orders, stock_service, payment_service, settings, clock),
+                *_event_sweepers(events, webhooks, settings, clock),
+            ],
         )
         stack.push_async_callback(system.stop_work)
         yield system
@@ -175,22 +200,55 @@ async def migrate_all(settings: Settings) -> dict[str, tuple[str | None, str | N
 
 
 @asynccontextmanager
-async def _stock_writer(
-    database: Database, group: GroupCommit, clock: Clock, settings: DatabaseSettings
+async def _own_writer(
+    name: str, database: Database, group: GroupCommit, clock: Clock, settings: DatabaseSettings
 ) -> AsyncIterator[GroupCommit]:
-    """Where the database takes two writers: one for all that locks stock rows, so neither waits for the other's locks.
+    """Where the database takes several writers: one for all that locks stock rows or the feed's counter, so that
+    nothing else waits for these locks.
 
     While PostgreSQL works for the one, this process works for the other.
     """
     if database.dialect == "sqlite":
         yield group
         return
-    writer = GroupCommit(database, clock, name="stock", batch_max=settings.batch_max, queue_max=settings.queue_max)
+    writer = GroupCommit(database, clock, name=name, batch_max=settings.batch_max, queue_max=settings.queue_max)
     writer.start()
     try:
         yield writer
     finally:
         await writer.close()
+
+
+@asynccontextmanager
+async def _webhooks(
+    database: Database, group: GroupCommit, hooks: Webhooks, settings: Settings, clock: Clock
+) -> AsyncIterator[WebhookService]:
+    """Webhooks with their wire; its library belongs to the `server` extra, which commands need not have."""
+    chosen = settings.webhooks
+    resolver = SafeResolver(allow_private=chosen.allow_private)
+    wire = import_module("holdfast.services.webhooks.wire").HttpWire(resolver, clock, chosen.timeout_ms)
+    lanes = Lanes(group, hooks, wire, clock, chosen)
+    try:
+        yield WebhookService(database, group, hooks, resolver, lanes, clock, chosen, settings.events.keep_days)
+    finally:
+        await wire.close()
+
+
+@asynccontextmanager
+async def webhook_desk(settings: Settings) -> AsyncIterator[WebhookDesk]:
+    """What changes webhooks and sends nothing; raises what `running` raises of the database."""
+    clock = SystemClock()
+    database = await connect(settings.database, create=False)
+    try:
+        await require_current(database, HISTORIES)
+        async with open_messaging(
+            database, TYPES, TOPOLOGY, clock=clock, settings=settings.messaging, database_settings=settings.database
+        ) as bus:
+            hooks = Webhooks(clock, bus.ids, bus.outbox, settings.webhooks, random.Random())  # noqa: S311  # jitter
+            resolver = SafeResolver(allow_private=settings.webhooks.allow_private)
+            yield WebhookDesk(database, bus.group, hooks, resolver, clock, settings.webhooks)
+    finally:
+        await database.close()
 
 
 def _sandbox(settings: Settings, group: GroupCommit, clock: Clock) -> Sandbox:
@@ -229,4 +287,13 @@ def _sweepers(
         Sweeper("orders", of_orders, lambda: orders.sweep(of_orders), clock),
         Sweeper("stock", of_orders, lambda: stock.sweep(of_orders), clock),
         Sweeper("payments", of_payments, lambda: payments.sweep(of_payments), clock),
+    ]
+
+
+def _event_sweepers(events: FeedService, webhooks: WebhookService, settings: Settings, clock: Clock) -> list[Sweeper]:
+    overdue_ms, old_ms = settings.webhooks.sweep_ms, settings.events.sweep_ms
+    return [
+        Sweeper("webhooks", overdue_ms, lambda: webhooks.sweep(overdue_ms), clock),
+        Sweeper("events", old_ms, events.sweep, clock),
+        Sweeper("deliveries", old_ms, webhooks.clear, clock),
     ]

@@ -1,4 +1,4 @@
-"""The command line: `holdfast serve | work | migrate | verify | errors | token | demo`."""
+"""The command line: `holdfast serve | work | migrate | verify | errors | webhooks | token | demo`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from holdfast.bootstrap import HISTORIES, migrate_all
 from holdfast.clock import SystemClock
 from holdfast.db.connect import connect
 from holdfast.db.migrate import require_current
-from holdfast.edge import errors_cli, queues_cli
+from holdfast.edge import errors_cli, queues_cli, webhooks_cli
 from holdfast.edge.report import show
 from holdfast.errors import HoldfastError, InvalidInput
 from holdfast.settings import Settings, load
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(errors_cli.app)
 app.add_typer(queues_cli.app)
+app.add_typer(webhooks_cli.app)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from litestar.openapi import OpenAPIConfig
 from litestar.types import ASGIApp
 
 from holdfast.bootstrap import System
-from holdfast.edge.http import health, orders, payments, stock
+from holdfast.edge.http import events, health, orders, payments, stock, webhooks
 from holdfast.edge.http.auth import Tokens
 from holdfast.edge.http.hot import HotRoutes
 from holdfast.edge.http.problems import from_error, from_framework, page_not_found
@@ -26,7 +26,14 @@ def build_app(system: System) -> ASGIApp:
         return system
 
     app = Litestar(
-        route_handlers=[orders.router(), stock.router(), payments.router(), health.router()],
+        route_handlers=[
+            orders.router(),
+            stock.router(),
+            payments.router(),
+            events.router(),
+            webhooks.router(),
+            health.router(),
+        ],
         dependencies={"system": Provide(the_system, sync_to_thread=False, use_cache=True)},
         exception_handlers={
             HoldfastError: from_error,

@@ -19,10 +19,12 @@ from holdfast.errors import (
     Unavailable,
 )
 from holdfast.services.contracts.refusals import KeyReused
+from holdfast.services.feed.model import EventsExpired
 from holdfast.services.orders.model import MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
 from holdfast.services.payments.service import UnknownProvider
 from holdfast.services.stock.actions import UnknownSku
+from holdfast.services.webhooks.model import WebhookNotFound
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = "1"
@@ -66,6 +68,8 @@ STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (OrderNotFound, 404),
     (UnknownSku, 404),
     (UnknownProvider, 404),
+    (WebhookNotFound, 404),
+    (EventsExpired, 410),
     (KeyReused, 422),
     (UnknownSkuOnLine, 422),
     (MixedCurrencies, 422),
@@ -85,6 +89,7 @@ _TITLES = {
     405: "Method not allowed",
     408: "Too slow",
     409: "Not possible",
+    410: "Gone",
     413: "Too large",
     415: "Wrong content type",
     422: "Cannot be processed",

@@ -77,6 +77,12 @@ class RefundDue(Event, frozen=True, kw_only=True):
     refund_id: int
 
 
+class WebhookDue(Event, frozen=True, kw_only=True):
+    """Something is to be sent to an endpoint; the wake-up. The due column of its deliveries decides."""
+
+    endpoint_id: int
+
+
 TYPES: dict[str, type[msgspec.Struct]] = {
     "order.created": OrderCreated,
     "order.due": OrderDue,
@@ -86,5 +92,6 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "payment.succeeded": PaymentSucceeded,
     "refund.requested": RefundRequested,
     "refund.due": RefundDue,
+    "webhook.due": WebhookDue,
 }
 """Type id on the wire -> struct; nothing else is ever built from a message."""

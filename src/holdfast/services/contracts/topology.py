@@ -7,6 +7,7 @@ from holdfast.messaging.topology import Binding, Exchange, Queue, Topology
 ORDER_EVENTS = "order-event-exchange"
 STOCK_EVENTS = "stock-event-exchange"
 PAY = "pay.direct"
+WEBHOOKS = "webhook.direct"
 
 KEY_ORDER_CREATE = "order.create.order"
 KEY_ORDER_DUE = "order.release.order"
@@ -15,18 +16,22 @@ KEY_ORDER_PAID = "order.paid"
 KEY_STOCK_LOCKED = "stock.locked"
 KEY_PAY_SUCCESS = "pay.success"
 KEY_PAY_REFUND = "pay.refund"
+KEY_WEBHOOK_DUE = "webhook.due"
 
 ORDER_DUE_QUEUE = "order.release.order.queue"
 STOCK_RELEASE_QUEUE = "stock.release.stock.queue"
 STOCK_DEDUCT_QUEUE = "stock.deduct.stock.queue"
 PAY_SUCCESS_QUEUE = "trade.pay.success.queue"
 PAY_REFUND_QUEUE = "pay.refund.queue"
+FEED_QUEUE = "feed.events.queue"
+WEBHOOK_QUEUE = "webhook.send.queue"
 
 TOPOLOGY = Topology(
     exchanges=(
         Exchange(name=ORDER_EVENTS, kind="topic"),
         Exchange(name=STOCK_EVENTS, kind="topic"),
         Exchange(name=PAY, kind="direct"),
+        Exchange(name=WEBHOOKS, kind="direct"),
     ),
     queues=(
         Queue(name=ORDER_DUE_QUEUE),
@@ -34,6 +39,8 @@ TOPOLOGY = Topology(
         Queue(name=STOCK_DEDUCT_QUEUE),
         Queue(name=PAY_SUCCESS_QUEUE),
         Queue(name=PAY_REFUND_QUEUE),
+        Queue(name=FEED_QUEUE),
+        Queue(name=WEBHOOK_QUEUE),
     ),
     bindings=(
         Binding(exchange=ORDER_EVENTS, queue=ORDER_DUE_QUEUE, routing_key=KEY_ORDER_DUE),
@@ -41,5 +48,11 @@ TOPOLOGY = Topology(
         Binding(exchange=ORDER_EVENTS, queue=STOCK_DEDUCT_QUEUE, routing_key=KEY_ORDER_PAID),
         Binding(exchange=PAY, queue=PAY_SUCCESS_QUEUE, routing_key=KEY_PAY_SUCCESS),
         Binding(exchange=PAY, queue=PAY_REFUND_QUEUE, routing_key=KEY_PAY_REFUND),
+        # The facts of contracts/feed.py, key by key: `order.#` would bring the time-outs too.
+        Binding(exchange=ORDER_EVENTS, queue=FEED_QUEUE, routing_key=KEY_ORDER_CREATE),
+        Binding(exchange=ORDER_EVENTS, queue=FEED_QUEUE, routing_key=KEY_ORDER_PAID),
+        Binding(exchange=ORDER_EVENTS, queue=FEED_QUEUE, routing_key=KEY_ORDER_CLOSED),
+        Binding(exchange=PAY, queue=FEED_QUEUE, routing_key=KEY_PAY_SUCCESS),
+        Binding(exchange=WEBHOOKS, queue=WEBHOOK_QUEUE, routing_key=KEY_WEBHOOK_DUE),
     ),
 )

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
-from holdfast.db.database import Database
+from holdfast.db.database import Database, Tx
 from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import Unavailable
 from holdfast.services.contracts.values import Fate, TradeEnd
@@ -146,3 +146,7 @@ class OrderService:
         async with self._database.read() as tx:
             states = await store.states(tx, order_ids)
         return {order_id: _FATES[status] for order_id, status in states.items()}
+
+    async def buyers(self, tx: Tx, order_ids: Collection[int]) -> Mapping[int, str]:
+        """Whose those orders are that exist, read in the caller's transaction."""
+        return await store.buyers(tx, order_ids)

@@ -121,6 +121,9 @@ _ORDERS_OF = Prepared(
         among(dialect, orders.c.id, "order_ids"), orders.c.buyer == bindparam("of_buyer")
     )
 )
+_BUYERS_OF = Prepared(
+    lambda dialect: select(orders.c.id, orders.c.buyer).where(among(dialect, orders.c.id, "order_ids"))
+)
 _STATES_OF = Prepared(
     lambda dialect: select(orders.c.id, orders.c.status).where(among(dialect, orders.c.id, "order_ids"))
 )
@@ -192,6 +195,11 @@ async def overdue(tx: Tx, now_us: int, after: tuple[int, int], limit: int) -> Se
 async def states(tx: Tx, order_ids: Collection[int]) -> dict[int, OrderStatus]:
     """Where these orders are."""
     return {row.id: OrderStatus(row.status) for row in await _STATES_OF.rows(tx, order_ids=sorted(order_ids))}
+
+
+async def buyers(tx: Tx, order_ids: Collection[int]) -> dict[int, str]:
+    """Whose these orders are."""
+    return {row.id: row.buyer for row in await _BUYERS_OF.rows(tx, order_ids=sorted(order_ids))}
 
 
 async def deadline(tx: Tx, order_id: int) -> tuple[OrderStatus, int] | None:
