@@ -17,7 +17,7 @@ import typer
 import holdfast
 from holdfast.audit import CHECKS
 from holdfast.edge.cli import app
-from holdfast.edge.http import health, orders, payments, stock
+from holdfast.edge.http import events, health, orders, payments, stock, webhooks
 from holdfast.edge.http.problems import STATUS
 from holdfast.errors import HoldfastError
 from holdfast.settings import Secret, Settings
@@ -104,10 +104,18 @@ def test_every_check_of_the_audit_stands_on_its_page() -> None:
 def test_every_route_stands_on_its_page() -> None:
     text = page("http.md")
     paths = {orders.PLACE_PATH, "/v1/notices/sandbox"}
-    for router in (orders.router(), stock.router(), payments.router(), health.router()):
+    for router in (
+        orders.router(),
+        stock.router(),
+        payments.router(),
+        events.router(),
+        webhooks.router(),
+        health.router(),
+    ):
         for route in router.routes:
             paths.add(re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path))
-    renamed = {path.replace("{order_id}", "{id}").replace("{token}", "{link}") for path in paths}
+    shorter = {"{order_id}": "{id}", "{token}": "{link}", "{webhook_id}": "{id}", "{delivery_id}": "{delivery}"}
+    renamed = {re.sub(r"\{\w+\}", lambda found: shorter.get(found[0], found[0]), path) for path in paths}
     assert [path for path in sorted(renamed) if path not in text] == []
 
 
