@@ -232,12 +232,14 @@ async def _webhooks(
         yield WebhookService(database, group, hooks, resolver, lanes, clock, chosen, settings.events.keep_days)
     finally:
         await wire.close()
+        resolver.close()
 
 
 @asynccontextmanager
 async def webhook_desk(settings: Settings) -> AsyncIterator[WebhookDesk]:
     """What changes webhooks and sends nothing; raises what `running` raises of the database."""
     clock = SystemClock()
+    resolver = SafeResolver(allow_private=settings.webhooks.allow_private)
     database = await connect(settings.database, create=False)
     try:
         await require_current(database, HISTORIES)
@@ -245,9 +247,9 @@ async def webhook_desk(settings: Settings) -> AsyncIterator[WebhookDesk]:
             database, TYPES, TOPOLOGY, clock=clock, settings=settings.messaging, database_settings=settings.database
         ) as bus:
             hooks = Webhooks(clock, bus.ids, bus.outbox, settings.webhooks, random.Random())  # noqa: S311  # jitter
-            resolver = SafeResolver(allow_private=settings.webhooks.allow_private)
             yield WebhookDesk(database, bus.group, hooks, resolver, clock, settings.webhooks)
     finally:
+        resolver.close()
         await database.close()
 
 

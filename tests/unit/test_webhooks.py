@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import random
+import ssl
+import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpcore
@@ -337,3 +342,62 @@ async def test_a_name_is_resolved_once_for_each_request_and_kept_in_its_host_hea
         assert names.asked == ["hooks.example"] * 2
         assert [each.headers["host"] for each in receiver.got] == [f"hooks.example:{receiver.port}"] * 2
         assert [(each.path, each.headers["a"], each.raw) for each in receiver.got] == [("/x?y", "b", b"{}")] * 2
+
+
+def certified(folder: Path, name: str) -> tuple[Path, Path]:
+    """A certificate for a name, which nobody trusts, and its key."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    named = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    written = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*made.split(" "), *named, *written], check=True, capture_output=True)
+    return certificate, key
+
+
+async def test_the_certificate_is_checked_against_the_name_and_not_the_address(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    certificate, key = certified(tmp_path, "hooks.example")
+    served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    served.load_cert_chain(certificate, key)
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    async with receiving(served) as receiver:
+        Names(monkeypatch, ["127.0.0.1"])
+        answers = []
+        for trust, name in ((trusting, "hooks.example"), (trusting, "other.example"), (None, "hooks.example")):
+            wire = HttpWire(SafeResolver(allow_private=True), SystemClock(), 5_000, trust=trust)
+            try:
+                target = target_of(f"https://{name}:{receiver.port}/", allow_http=False)
+                answers.append(await wire.post(target, {}, b"{}"))
+            finally:
+                await wire.close()
+    right, wrong_name, not_trusted = answers
+    assert (right.status, right.error) == (200, None)
+    for refused in (wrong_name, not_trusted):
+        assert refused.status is None
+        assert "CERTIFICATE_VERIFY_FAILED" in (refused.error or "")
+    assert [each.headers["host"] for each in receiver.got] == [f"hooks.example:{receiver.port}"]
+
+
+async def test_a_name_without_an_answer_keeps_one_thread_busy_and_nobody_else_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on, asked = threading.Event(), []
+
+    def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
+        asked.append(host)
+        if host == "hangs.example":
+            go_on.wait(20)
+        return [(2, 1, 6, "", (PUBLIC, port))]
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    resolver = SafeResolver(allow_private=False)
+    try:
+        waiting = [asyncio.create_task(resolver.addresses("hangs.example", 443)) for _ in range(100)]
+        assert await resolver.addresses("quick.example", 443) == [PUBLIC]
+        assert sorted(asked) == ["hangs.example", "quick.example"]
+        go_on.set()
+        assert await asyncio.gather(*waiting) == [[PUBLIC]] * 100
+    finally:
+        go_on.set()
+        resolver.close()

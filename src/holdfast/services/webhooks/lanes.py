@@ -38,15 +38,15 @@ class Lanes:
 
     def wake(self, endpoint_id: int) -> None:
         """See to what is due for an endpoint, with one sender more if there is room."""
-        senders = self._senders.setdefault(endpoint_id, set())
         if self._closing:
             return
+        senders = self._senders.setdefault(endpoint_id, set())
         if len(senders) >= self._settings.at_once:
             self._again.add(endpoint_id)  # each of them may be past its last look
             return
         sender = asyncio.create_task(self._send_all(endpoint_id), name=f"webhook-{endpoint_id}")
         senders.add(sender)
-        sender.add_done_callback(senders.discard)
+        sender.add_done_callback(lambda ended: self._ended(endpoint_id, ended))
 
     async def stop(self, within_s: float) -> None:
         """Let the attempts under way end, cut off those that take longer; they are made again later."""
@@ -58,6 +58,13 @@ class Lanes:
                 task.cancel()
             if late:
                 await asyncio.wait(late)
+
+    def _ended(self, endpoint_id: int, sender: asyncio.Task[None]) -> None:
+        senders = self._senders[endpoint_id]
+        senders.discard(sender)
+        if not senders:
+            del self._senders[endpoint_id]
+            self._again.discard(endpoint_id)
 
     async def _send_all(self, endpoint_id: int) -> None:
         try:

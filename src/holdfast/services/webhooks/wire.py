@@ -70,12 +70,9 @@ class HttpWire:
     ) -> None:
         self._clock = clock
         self._timeout_s = timeout_ms / 1_000
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=trust or ssl.create_default_context(),
-            max_connections=None,  # the lanes bound them
-            max_keepalive_connections=0,  # the name is resolved and checked for every request
-            network_backend=PinnedBackend(resolver),
-        )
+        self._backend = PinnedBackend(resolver)
+        self._trust = trust
+        self._pools: dict[str, httpcore.AsyncConnectionPool] = {}
 
     async def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> Answer:
         """Post a body; the status counts once it is there, however the rest of the answer fares."""
@@ -83,7 +80,8 @@ class HttpWire:
         answer = Answer()
         try:
             async with asyncio.timeout(self._timeout_s):
-                async with self._pool.stream("POST", _url(target), headers=_raw(headers), content=body) as response:
+                pool = await self._pool(target.scheme)
+                async with pool.stream("POST", _url(target), headers=_raw(headers), content=body) as response:
                     answer = Answer(status=response.status, retry_after_s=_retry_after(response.headers))
                     answer = _with(answer, text=_text(await _beginning(response)))
         except Exception as error:
@@ -93,7 +91,22 @@ class HttpWire:
 
     async def close(self) -> None:
         """Give back what is still open."""
-        await self._pool.aclose()
+        for pool in self._pools.values():
+            await pool.aclose()
+
+    async def _pool(self, scheme: str) -> httpcore.AsyncConnectionPool:
+        """The pool of a scheme; the certificates we trust are read when a request first needs them: that takes long."""
+        if scheme not in self._pools:
+            if scheme == "https" and self._trust is None:
+                self._trust = await asyncio.to_thread(ssl.create_default_context)
+            made = httpcore.AsyncConnectionPool(
+                ssl_context=self._trust,
+                max_connections=None,  # the lanes bound them
+                max_keepalive_connections=0,  # the name is resolved and checked for every request
+                network_backend=self._backend,
+            )
+            self._pools.setdefault(scheme, made)
+        return self._pools[scheme]
 
 
 def _url(target: Target) -> httpcore.URL:
