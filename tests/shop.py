@@ -59,7 +59,9 @@ async def pay_at_sandbox(system: System, view: OrderView) -> SignedNotice:
 async def deliver(system: System, notice: SignedNotice) -> Verdict:
     """The provider's notice arrives."""
     headers = {SIGNATURE_HEADER: notice.signature}
-    return await system.payments.notice("sandbox", headers, notice.body.encode())
+    verdict = await system.payments.notice("sandbox", headers, notice.body.encode())
+    assert verdict is not None
+    return verdict
 
 
 async def pay(system: System, view: OrderView) -> None:

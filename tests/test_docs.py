@@ -114,7 +114,14 @@ def test_every_route_stands_on_its_page() -> None:
     ):
         for route in router.routes:
             paths.add(re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path))
-    shorter = {"{order_id}": "{id}", "{token}": "{link}", "{webhook_id}": "{id}", "{delivery_id}": "{delivery}"}
+    shorter = {
+        "{order_id}": "{id}",
+        "{payment_id}": "{id}",
+        "{biz_order_no}": "{id}",
+        "{token}": "{link}",
+        "{webhook_id}": "{id}",
+        "{delivery_id}": "{delivery}",
+    }
     renamed = {re.sub(r"\{\w+\}", lambda found: shorter.get(found[0], found[0]), path) for path in paths}
     assert [path for path in sorted(renamed) if path not in text] == []
 

@@ -132,7 +132,7 @@ STOCK = (
         promise="what is sold belongs to paid orders, what is given back to unpaid ones",
         query="""SELECT detail.id AS detail_id, detail.order_id, detail.status, o.status AS order_status
                  FROM stock_task_detail detail JOIN order_order o ON o.id = detail.order_id
-                 WHERE (detail.status = 3 AND o.status <> 'paid')
+                 WHERE (detail.status = 3 AND o.status IN ('pending_payment', 'cancelled', 'closed'))
                     OR (detail.status = 2 AND o.status NOT IN ('cancelled', 'closed'))""",
     ),
     Check(
@@ -157,8 +157,15 @@ ORDERS = (
                   HAVING sum(CASE WHEN entry.from_status IS NULL AND entry.to_status = 'pending_payment' THEN 1
                                   ELSE 0 END) <> 1
                       OR sum(CASE WHEN {_EDGES} THEN 1 ELSE 0 END) <> count(entry.id) - 1
-                      OR count(entry.id) <> CASE o.status WHEN 'pending_payment' THEN 1 ELSE 2 END
-                      OR sum(CASE WHEN entry.to_status = o.status THEN 1 ELSE 0 END) <> 1""",  # noqa: S608  # constants
+                      OR sum(CASE WHEN entry.to_status = o.status THEN 1 ELSE 0 END) <> 1
+                      OR sum(CASE WHEN entry.from_status = o.status THEN 1 ELSE 0 END) <> 0
+                      OR count(DISTINCT entry.from_status) <> count(entry.id) - 1
+                  UNION ALL
+                  SELECT entry.order_id, entry.from_status, 1, 0, 0 FROM order_log entry
+                  WHERE entry.from_status IS NOT NULL AND NOT EXISTS (
+                      SELECT 1 FROM order_log before
+                      WHERE before.order_id = entry.order_id AND before.to_status = entry.from_status)
+               """,  # noqa: S608  # constants of ours
     ),
     Check(
         name="orders.log_without_order",
@@ -195,10 +202,10 @@ ORDERS = (
 MONEY = (
     Check(
         name="money.payment_order",
-        promise="each order has one payment order over its amount, each payment order its order",
+        promise="each order that costs something has one payment order over its amount, each payment order its order",
         query="""SELECT o.id AS order_id, o.amount_minor, payment.amount_minor AS payment_amount_minor
                  FROM order_order o LEFT JOIN payment_order payment ON payment.order_id = o.id
-                 WHERE payment.id IS NULL OR payment.amount_minor <> o.amount_minor
+                 WHERE (payment.id IS NULL) <> (o.amount_minor = 0) OR payment.amount_minor <> o.amount_minor
                     OR payment.currency <> o.currency OR payment.buyer <> o.buyer
                  UNION ALL
                  SELECT payment.order_id, NULL, payment.amount_minor FROM payment_order payment
@@ -206,10 +213,23 @@ MONEY = (
     ),
     Check(
         name="money.paid",
-        promise="of a paid order, captured minus refunded is its amount",
+        promise="of a paid order its amount was captured, and not all of it given back",
         query="""SELECT o.id AS order_id, o.amount_minor, payment.captured_minor, payment.refunded_minor
                  FROM order_order o JOIN payment_order payment ON payment.order_id = o.id
-                 WHERE o.status = 'paid' AND payment.captured_minor - payment.refunded_minor <> o.amount_minor""",
+                 WHERE o.status IN ('paid', 'shipped', 'completed')
+                   AND (payment.captured_minor <> o.amount_minor
+                        OR (payment.refunded_minor >= payment.captured_minor
+                            AND payment.changed_us < :now_us - :slack_us))""",
+    ),
+    Check(
+        name="money.refunded",
+        promise="of a refunded order everything was given back, and orders know what was",
+        query="""SELECT o.id AS order_id, o.status, payment.captured_minor, payment.refunded_minor,
+                        o.refunded_minor AS refunded_by_order
+                 FROM order_order o JOIN payment_order payment ON payment.order_id = o.id
+                 WHERE (o.status = 'refunded' AND payment.refunded_minor <> payment.captured_minor)
+                    OR (o.refunded_minor <> payment.refunded_minor AND payment.changed_us < :now_us - :slack_us
+                        AND o.status NOT IN ('cancelled', 'closed'))""",
     ),
     Check(
         name="money.kept",

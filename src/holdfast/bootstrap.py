@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib import import_module
+from typing import Any, cast
 
 import msgspec
 from sqlalchemy import text
@@ -29,19 +30,27 @@ from holdfast.messaging.retry import RetryPolicy
 from holdfast.messaging.tables import HISTORY as MESSAGING_HISTORY
 from holdfast.messaging.toolkit import Messaging, open_messaging
 from holdfast.messaging.transports.sql.transport import SqlTransport
+from holdfast.services.carts import listeners as cart_listeners
+from holdfast.services.carts.actions import Carts
+from holdfast.services.carts.service import CartService
 from holdfast.services.contracts.events import TYPES
 from holdfast.services.contracts.topology import TOPOLOGY
 from holdfast.services.feed import listeners as feed_listeners
 from holdfast.services.feed.actions import Feed
 from holdfast.services.feed.service import FeedService
 from holdfast.services.orders import listeners as order_listeners
+from holdfast.services.orders.fulfilment import Fulfilment
+from holdfast.services.orders.moves import Moves
 from holdfast.services.orders.place import PlaceOrders
 from holdfast.services.orders.service import OrderService
 from holdfast.services.orders.transitions import Transitions
 from holdfast.services.payments import listeners as payment_listeners
 from holdfast.services.payments.actions import Payments
-from holdfast.services.payments.sandbox import Sandbox
-from holdfast.services.payments.service import PaymentService
+from holdfast.services.payments.needs import Provider
+from holdfast.services.payments.sandbox import NAME as SANDBOX
+from holdfast.services.payments.sandbox import SECRET_CHARS_MIN, Sandbox
+from holdfast.services.payments.sandbox_book import SandboxBook
+from holdfast.services.payments.service import PaymentService, UnknownProvider
 from holdfast.services.schema import HISTORY as SERVICES_HISTORY
 from holdfast.services.stock import listeners as stock_listeners
 from holdfast.services.stock.actions import Stock
@@ -52,7 +61,7 @@ from holdfast.services.webhooks.actions import Webhooks
 from holdfast.services.webhooks.addresses import SafeResolver
 from holdfast.services.webhooks.lanes import Lanes
 from holdfast.services.webhooks.service import WebhookDesk, WebhookService
-from holdfast.settings import DatabaseSettings, MessagingSettings, Settings
+from holdfast.settings import DatabaseSettings, MessagingSettings, PaymentsSettings, Settings
 
 HISTORIES = (MESSAGING_HISTORY, SERVICES_HISTORY)
 
@@ -67,9 +76,10 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     database: Database
     messaging: Messaging
     orders: OrderService
+    carts: CartService
     stock: StockService
     payments: PaymentService
-    sandbox: Sandbox
+    providers: Mapping[str, Provider]
     events: FeedService
     webhooks: WebhookService
     listens: tuple[Listen, ...]
@@ -85,6 +95,14 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
             self.listen(listen)
         for sweeper in self.sweepers:
             sweeper.start()
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """The sandbox within this process; raises `UnknownProvider` when it is not switched on, or elsewhere."""
+        provider = self.providers.get(SANDBOX)
+        if not isinstance(provider, Sandbox):
+            raise UnknownProvider("the sandbox is not within this process")
+        return provider
 
     @property
     def group(self) -> GroupCommit:
@@ -142,32 +160,37 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         database = await connect(settings.database, create=False)
         stack.push_async_callback(database.close)
         await require_current(database, HISTORIES)
-        bus = await stack.enter_async_context(
-            open_messaging(
-                database, TYPES, TOPOLOGY, clock=clock, settings=settings.messaging, database_settings=settings.database
-            )
-        )
+        bus = await stack.enter_async_context(_bus(database, settings, clock))
         group, ids, outbox = bus.group, bus.ids, bus.outbox
         stock_group = await stack.enter_async_context(_own_writer("stock", database, group, clock, settings.database))
-        sandbox = _sandbox(settings, group, clock)
-        payments = Payments(clock, ids, outbox, sandbox, settings.payments.merchant_id)
-        payment_service = PaymentService(database, group, payments, sandbox, clock)
+        providers = _providers(settings, database, group, clock, stack)
+        payments = Payments(clock, ids, outbox, providers, settings.payments.provider)
         stock = Stock(clock, ids, outbox)
-        place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
-        transitions = Transitions(clock, ids, outbox, payments)
-        orders = OrderService(database, stock_group, group, place, transitions, payment_service, clock, settings.orders)
+        carts, moves = Carts(clock), Moves(clock, ids)
+        transitions = Transitions(clock, moves, outbox, payments, settings.orders.extend_ms_max)
+        payment_service = PaymentService(database, group, payments, providers, transitions, clock)
+        place = PlaceOrders(
+            clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments, carts=carts
+        )
+        orders = OrderService(
+            database,
+            stock_group,
+            group,
+            place,
+            transitions,
+            Fulfilment(clock, outbox, moves, settings.orders.complete_ms),
+            payment_service,
+            clock,
+            settings.orders,
+        )
         stock_service = StockService(database, stock_group, stock, orders, clock)
-        hooks = Webhooks(clock, ids, outbox, settings.webhooks, random.Random())  # noqa: S311  # jitter
-        webhooks = await stack.enter_async_context(_webhooks(database, group, hooks, settings, clock))
-        feed_group = await stack.enter_async_context(_own_writer("feed", database, group, clock, settings.database))
-        feed = Feed(clock, orders, hooks)
-        events = FeedService(database, feed_group, feed, clock, settings.events.keep_days)
+        told = await stack.enter_async_context(_telling(database, bus, orders, settings))
         listens = (
-            *order_listeners.listeners(orders, transitions),
+            *order_listeners.listeners(orders),
+            *cart_listeners.listeners(carts),
             *stock_listeners.listeners(stock, stock_group),
             *payment_listeners.listeners(payments, payment_service),
-            *feed_listeners.listeners(feed, feed_group),
-            *webhook_listeners.listeners(webhooks),
+            *told.listens,
         )
         system = System(
             settings=settings,
@@ -175,16 +198,14 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             database=database,
             messaging=bus,
             orders=orders,
+            carts=CartService(database, group, carts),
             stock=stock_service,
             payments=payment_service,
-            sandbox=sandbox,
-            events=events,
-            webhooks=webhooks,
+            providers=providers,
+            events=told.events,
+            webhooks=told.webhooks,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
-            sweepers=[
-                *_sweepers(orders, stock_service, payment_service, settings, clock),
-                *_event_sweepers(events, webhooks, settings, clock),
-            ],
+            sweepers=[*_sweepers(orders, stock_service, payment_service, settings, clock), *told.sweepers],
         )
         stack.push_async_callback(system.stop_work)
         yield system
@@ -219,17 +240,50 @@ async def _own_writer(
         await writer.close()
 
 
+def _bus(database: Database, settings: Settings, clock: Clock) -> AbstractAsyncContextManager[Messaging]:
+    return open_messaging(
+        database, TYPES, TOPOLOGY, clock=clock, settings=settings.messaging, database_settings=settings.database
+    )
+
+
+class Telling(msgspec.Struct, frozen=True, kw_only=True):
+    """What tells the outside: the event feed, and the webhooks that follow it."""
+
+    events: FeedService
+    webhooks: WebhookService
+    listens: list[Listen]
+    sweepers: list[Sweeper]
+
+
 @asynccontextmanager
-async def _webhooks(
-    database: Database, group: GroupCommit, hooks: Webhooks, settings: Settings, clock: Clock
-) -> AsyncIterator[WebhookService]:
-    """Webhooks with their wire; its library belongs to the `server` extra, which commands need not have."""
-    chosen = settings.webhooks
+async def _telling(
+    database: Database, bus: Messaging, orders: OrderService, settings: Settings
+) -> AsyncIterator[Telling]:
+    """The feed with its own writer, and webhooks with their wire.
+
+    The wire's library belongs to the `server` extra, which commands need not have.
+    """
+    clock, chosen = bus.clock, settings.webhooks
+    hooks = Webhooks(clock, bus.ids, bus.outbox, chosen, random.Random())  # noqa: S311  # jitter
     resolver = SafeResolver(allow_private=chosen.allow_private)
     wire = import_module("holdfast.services.webhooks.wire").HttpWire(resolver, clock, chosen.timeout_ms)
-    lanes = Lanes(group, hooks, wire, clock, chosen)
+    lanes = Lanes(bus.group, hooks, wire, clock, chosen)
+    keep_days, old_ms = settings.events.keep_days, settings.events.sweep_ms
+    webhooks = WebhookService(database, bus.group, hooks, resolver, lanes, clock, chosen, keep_days)
+    feed = Feed(clock, orders, hooks)
     try:
-        yield WebhookService(database, group, hooks, resolver, lanes, clock, chosen, settings.events.keep_days)
+        async with _own_writer("feed", database, bus.group, clock, settings.database) as feed_group:
+            events = FeedService(database, feed_group, feed, clock, keep_days)
+            yield Telling(
+                events=events,
+                webhooks=webhooks,
+                listens=[*feed_listeners.listeners(feed, feed_group), *webhook_listeners.listeners(webhooks)],
+                sweepers=[
+                    Sweeper("webhooks", chosen.sweep_ms, lambda: webhooks.sweep(chosen.sweep_ms), clock),
+                    Sweeper("events", old_ms, events.sweep, clock),
+                    Sweeper("deliveries", old_ms, webhooks.clear, clock),
+                ],
+            )
     finally:
         await wire.close()
         resolver.close()
@@ -243,9 +297,7 @@ async def webhook_desk(settings: Settings) -> AsyncIterator[WebhookDesk]:
     database = await connect(settings.database, create=False)
     try:
         await require_current(database, HISTORIES)
-        async with open_messaging(
-            database, TYPES, TOPOLOGY, clock=clock, settings=settings.messaging, database_settings=settings.database
-        ) as bus:
+        async with _bus(database, settings, clock) as bus:
             hooks = Webhooks(clock, bus.ids, bus.outbox, settings.webhooks, random.Random())  # noqa: S311  # jitter
             yield WebhookDesk(database, bus.group, hooks, resolver, clock, settings.webhooks)
     finally:
@@ -253,16 +305,55 @@ async def webhook_desk(settings: Settings) -> AsyncIterator[WebhookDesk]:
         await database.close()
 
 
-def _sandbox(settings: Settings, group: GroupCommit, clock: Clock) -> Sandbox:
-    secret = settings.payments.sandbox_secret.reveal()
-    if not settings.payments.sandbox:
+def _providers(
+    settings: Settings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
+) -> dict[str, Provider]:
+    """Every configured provider by its name, the chosen one among them."""
+    providers: dict[str, Provider] = {}
+    if settings.payments.sandbox:
+        providers[SANDBOX] = _sandbox(settings.payments, database, group, clock, stack)
+    if not providers:
         raise InvalidSettings(
-            "no payment provider is configured; this version has the sandbox only: set "
+            "no payment provider is configured; to try things out, set "
             "HOLDFAST_PAYMENTS__SANDBOX=true and HOLDFAST_PAYMENTS__SANDBOX_SECRET"
         )
-    if len(secret) < 16:
-        raise InvalidSettings("HOLDFAST_PAYMENTS__SANDBOX_SECRET needs at least 16 characters")
-    return Sandbox(group, clock, secret, settings.payments.merchant_id, settings.payments.notice_tolerance_ms)
+    if settings.payments.provider not in providers:
+        raise InvalidSettings(
+            f"HOLDFAST_PAYMENTS__PROVIDER: {settings.payments.provider!r} is not configured; "
+            f"configured: {', '.join(sorted(providers))}"
+        )
+    return providers
+
+
+def _sandbox(
+    settings: PaymentsSettings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
+) -> Provider:
+    secret = settings.sandbox_secret.reveal()
+    if len(secret) < SECRET_CHARS_MIN:
+        raise InvalidSettings(f"HOLDFAST_PAYMENTS__SANDBOX_SECRET needs at least {SECRET_CHARS_MIN} characters")
+    if settings.sandbox_url:
+        remote = _over_http("sandbox_remote").SandboxRemote(
+            settings.sandbox_url,
+            clock,
+            secret,
+            settings.merchant_id,
+            settings.notice_tolerance_ms,
+            settings.call_timeout_ms,
+        )
+        stack.push_async_callback(remote.aclose)
+        return cast(Provider, remote)
+    book = SandboxBook(database, group, clock)
+    return Sandbox(book, clock, secret, settings.merchant_id, settings.notice_tolerance_ms)
+
+
+def _over_http(module: str) -> Any:
+    """A provider's module that needs the HTTP client of the `server` extra; the bare install does without it."""
+    try:
+        return import_module(f"holdfast.services.payments.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("holdfast"):
+            raise
+        raise InvalidSettings(f"this payment provider needs {error.name}; pip install 'holdfast[server]'") from error
 
 
 def _tuned(listen: Listen, settings: MessagingSettings) -> Listen:
@@ -284,18 +375,11 @@ def _sweepers(
     orders: OrderService, stock: StockService, payments: PaymentService, settings: Settings, clock: Clock
 ) -> list[Sweeper]:
     """The guards; each looks for what is late by one of its intervals, since messages should have come by then."""
-    of_orders, of_payments = settings.orders.sweep_ms, settings.payments.sweep_ms
+    of_orders, of_payments, poll_ms = settings.orders.sweep_ms, settings.payments.sweep_ms, settings.payments.poll_ms
     return [
         Sweeper("orders", of_orders, lambda: orders.sweep(of_orders), clock),
+        Sweeper("arrivals", of_orders, orders.sweep_arriving, clock),
         Sweeper("stock", of_orders, lambda: stock.sweep(of_orders), clock),
         Sweeper("payments", of_payments, lambda: payments.sweep(of_payments), clock),
-    ]
-
-
-def _event_sweepers(events: FeedService, webhooks: WebhookService, settings: Settings, clock: Clock) -> list[Sweeper]:
-    overdue_ms, old_ms = settings.webhooks.sweep_ms, settings.events.sweep_ms
-    return [
-        Sweeper("webhooks", overdue_ms, lambda: webhooks.sweep(overdue_ms), clock),
-        Sweeper("events", old_ms, events.sweep, clock),
-        Sweeper("deliveries", old_ms, webhooks.clear, clock),
+        Sweeper("poll", poll_ms, lambda: payments.poll(poll_ms), clock),
     ]

@@ -26,6 +26,7 @@ FOREIGN_KEYS = frozenset({CONFIG_KEY})
 
 Milliseconds = Annotated[int, Meta(ge=0, le=366 * 86_400_000)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000)]
+Name = Annotated[str, Meta(min_length=1, max_length=32, pattern=r"^[a-z][a-z0-9_-]*\Z")]
 
 
 class Secret:
@@ -98,6 +99,8 @@ class OrdersSettings(Section, frozen=True, kw_only=True):
 
     time_out_ms: Annotated[int, Meta(ge=100, le=366 * 86_400_000)] = 1_800_000  # 30 minutes to pay
     sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # the guard behind time-out messages
+    extend_ms_max: Milliseconds = 86_400_000  # the latest deadline that staff may give, from when it was placed
+    complete_ms: Annotated[int, Meta(ge=1_000, le=366 * 86_400_000)] = 604_800_000  # shipped, then completed by itself
     lines_max: Annotated[int, Meta(ge=1, le=500)] = 50  # per order
     quantity_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 100  # per line
 
@@ -105,11 +108,15 @@ class OrdersSettings(Section, frozen=True, kw_only=True):
 class PaymentsSettings(Section, frozen=True, kw_only=True):
     """`[payments]`: providers and their secrets."""
 
+    provider: Name = "sandbox"  # who takes new payments; one of those that are configured
     sandbox: bool = False  # offer the sandbox provider and its pay page; never on a real sale
     sandbox_secret: Secret = Secret("")  # signs pay links and notices; at least 16 characters
+    sandbox_url: str = ""  # of `holdfast sandbox-provider`; empty for the sandbox within this process
+    call_timeout_ms: Annotated[int, Meta(ge=10, le=60_000)] = 5_000  # a provider's later answer is unknown
     merchant_id: str = "holdfast-demo"  # a notice for another merchant is parked
     notice_tolerance_ms: Milliseconds = 300_000  # age at which a signed notice counts as a replay
     sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # refunds asked for again
+    poll_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 20_000  # providers asked about payments unpaid for so long
 
 
 class EventsSettings(Section, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.orders.model import NotCancellable, OrderLine, OrderStatus, Placed, PlaceRequest
 from holdfast.services.orders.place import PlaceOrders
 from holdfast.services.payments.model import ENDED, Verdict
-from holdfast.services.payments.sandbox import TradeClosed
+from holdfast.services.payments.sandbox_book import TradeClosed
 from holdfast.services.stock.model import DEDUCTED, HELD, RELEASED
 from holdfast.settings import Settings
 from tests.conftest import StartSystem, eventually

@@ -257,12 +257,17 @@ async def turn(system: System) -> None:
     The writer takes requests in order of arrival: a message for nobody is decided after all that stood before it.
     """
     for _ in range(3):
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await _loop_turns()
         await publish(system, [note(system, exchange="", key="nobody", mandatory=False)])
         if isinstance(system.database, PostgresDatabase):  # claims and acks go beside the writer there
             while system.database.singles:  # noqa: ASYNC110  # whose end nobody tells
                 await asyncio.sleep(0.001)
+    await _loop_turns()  # who has just been answered goes to sleep before the clock moves
+
+
+async def _loop_turns() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 async def pass_time(system: System, clock: ManualClock, seconds: float) -> None:

@@ -35,6 +35,8 @@ class Route(NamedTuple):
     currencies: tuple[tuple[Step, ...], ...] = ()
     numbers: tuple[tuple[tuple[Step, ...], int], ...] = ()  # where, and the highest
     optional: tuple[Step, ...] = ()
+    also: tuple[str, ...] = ()  # further fields that may be given
+    lowest: int = 1  # of the numbers
 
 
 PLACE = Route(
@@ -44,6 +46,7 @@ PLACE = Route(
     {"lines": [{"sku": "SKU-1", "quantity": 1}]},
     codes=(("lines", 0, "sku"),),
     numbers=((("lines", 0, "quantity"), 100),),
+    also=("priceMinor",),
 )
 KEEP = Route(
     "PUT",
@@ -53,6 +56,8 @@ KEEP = Route(
     titles=(("title",),),
     currencies=(("currency",),),
     numbers=((("priceMinor",), 1_000_000_000_000),),
+    also=("orderMax", "buyerMax", "timeOutMs"),
+    lowest=0,
 )
 RECEIVE = Route(
     "POST",
@@ -137,7 +142,8 @@ def bodies(route: Route) -> Iterator[Bad]:
         yield from (_text(route.good, at, value) for value in ("", "x" * 201, "x" * 10_000))
     for at, highest in route.numbers:
         too_large = [raw for raw in (str(highest + 1), *TOO_LARGE) if len(raw) > 20 or int(raw) > highest]
-        for raw in (*NOT_A_NUMBER, *NOT_WHOLE, *TOO_SMALL, *too_large):
+        too_small = [raw for raw in TOO_SMALL if int(raw) < route.lowest]
+        for raw in (*NOT_A_NUMBER, *NOT_WHOLE, *too_small, *too_large):
             yield Bad(f"{'/'.join(map(str, at))} is {raw[:30]}", _with(route.good, at, raw.encode()))
 
 
@@ -162,7 +168,7 @@ def assignments(route: Route) -> Iterator[Bad]:
         target: Any = route.good
         for step in at:
             target = target[step]
-        for name in sorted(_column_names() - set(target)):
+        for name in sorted(_column_names() - set(target) - set(route.also)):
             body = copy.deepcopy(route.good)
             inner: Any = body
             for step in at:

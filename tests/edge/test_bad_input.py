@@ -224,7 +224,7 @@ async def test_a_sku_in_the_path_is_held_to_the_same_rules(shared: Counter, sku:
 
 
 UNKNOWN = (
-    *("/", "//", "/v1", "/v2/orders", "/V1/orders", "/v1/Orders", "/v1//orders", "//v1/orders", "/v1/order"),
+    *("/", "//", "/v1", "/v2/orders", "/V1/orders", "/v1/Orders", "/v1//order", "//v1/orders", "/v1/order"),
     *("/orders", "/v1/orders/1/pay", "/v1/orders/1/cancel/2", "/v1/notices", "/v1/notices/other"),
     *("/v1/notices/sandbox/1", "/sandbox", "/sandbox/pay", "/sandbox/pay/a/b", "/v1/skus", "/v1/skus/a/b"),
     *(
@@ -259,7 +259,7 @@ async def test_an_unknown_page_of_the_schema_is_a_problem_like_any_other(shared_
 
 
 METHODS = {
-    "/v1/orders": {"POST"},
+    "/v1/orders": {"GET", "POST"},
     "/v1/orders/77": {"GET"},
     "/v1/orders/77/cancel": {"POST"},
     "/v1/stocks/SKU-1": {"GET"},

@@ -58,7 +58,10 @@ async def test_placing_answers_201_with_the_order_and_where_it_is(counter: Count
     assert answer.headers["content-type"] == "application/json"
     assert "idempotent-replayed" not in answer.headers
     body = answer.json()
-    assert list(body) == ["id", "status", "amountMinor", "currency", "lines", "createdAt", "payBy", "payment"]
+    assert list(body) == [
+        *("id", "status", "amountMinor", "currency", "lines", "createdAt", "payBy", "payment"),
+        *("refundedMinor", "tracking", "completeBy"),
+    ]
     assert answer.headers["location"] == f"/v1/orders/{body['id']}"
     assert (body["status"], body["amountMinor"], body["currency"]) == ("pending_payment", 2 * PRICE_MINOR, "CNY")
     assert body["lines"] == [{"sku": "SKU-1", "quantity": 2, "priceMinor": PRICE_MINOR}]

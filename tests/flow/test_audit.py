@@ -16,7 +16,7 @@ from holdfast.bootstrap import System
 from holdfast.clock import US_PER_S, ManualClock
 from holdfast.db.database import Dialect, Tx
 from holdfast.services.orders.model import NotCancellable, OrderStatus, SoldOut
-from holdfast.services.payments.sandbox import TradeClosed
+from holdfast.services.payments.sandbox_book import TradeClosed
 from holdfast.settings import Settings
 from tests.conftest import StartSystem
 from tests.shop import (
@@ -165,10 +165,17 @@ CORRUPTIONS = (
     ),
     one(
         "orders.path",
-        """INSERT INTO order_log (id, order_id, from_status, to_status, actor, at_us)
-           VALUES (1, :closed, 'pending_payment', 'paid', 'nobody', :now)""",
+        """INSERT INTO order_log (id, order_id, from_status, to_status, actor, note, at_us)
+           VALUES (1, :closed, 'pending_payment', 'paid', 'nobody', '', :now)""",
         "two ends",
         order_id="closed",
+    ),
+    one(
+        "orders.path",
+        """INSERT INTO order_log (id, order_id, from_status, to_status, actor, note, at_us)
+           VALUES (1, :paid, 'paid', 'shipped', 'nobody', '', :now)""",
+        "goes on after its end",
+        order_id="paid",
     ),
     one("orders.log_without_order", "DELETE FROM order_order WHERE id = :closed", order_id="closed"),
     one("orders.amount", "UPDATE order_order SET amount_minor = amount_minor - 1 WHERE id = :paid", order_id="paid"),
@@ -204,7 +211,19 @@ CORRUPTIONS = (
         order_id="pending",
     ),
     one("money.paid", "UPDATE payment_order SET captured_minor = 0 WHERE order_id = :paid", order_id="paid"),
-    one("money.paid", "UPDATE payment_order SET refunded_minor = 1 WHERE order_id = :paid", "refund", order_id="paid"),
+    one(
+        "money.paid",
+        "UPDATE payment_order SET refunded_minor = captured_minor WHERE order_id = :paid",
+        "refund",
+        order_id="paid",
+    ),
+    one("money.refunded", "UPDATE order_order SET refunded_minor = 1 WHERE id = :paid", "untold", order_id="paid"),
+    one(
+        "money.refunded",
+        "UPDATE order_order SET status = 'refunded' WHERE id = :paid",
+        "not given back",
+        order_id="paid",
+    ),
     one("money.kept", "UPDATE payment_order SET refunded_minor = 0 WHERE order_id = :refunded", order_id="refunded"),
     one(
         "money.unnoticed",

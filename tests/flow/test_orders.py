@@ -35,8 +35,9 @@ from holdfast.services.orders.model import (
 )
 from holdfast.services.orders.service import Expiry
 from holdfast.services.payments.model import PaymentOrder, Verdict
-from holdfast.services.payments.needs import ForgedNotice, TradeAnswer
-from holdfast.services.payments.sandbox import SIGNATURE_HEADER, TradeClosed
+from holdfast.services.payments.needs import ForgedNotice, RefundAnswer, RefundEnd, TradeAnswer
+from holdfast.services.payments.sandbox import SIGNATURE_HEADER
+from holdfast.services.payments.sandbox_book import TradeClosed
 from holdfast.services.schema import metadata
 from holdfast.services.stock.model import Sku
 from holdfast.settings import Settings
@@ -756,10 +757,10 @@ class TestPaying:
         refund = system.sandbox.refund
         asked: list[int] = []
 
-        async def done_but_unknown(payment: PaymentOrder, refund_id: int, amount_minor: int) -> bool:
+        async def done_but_unknown(payment: PaymentOrder, refund_id: int, amount_minor: int) -> RefundAnswer:
             asked.append(refund_id)
             done = await refund(payment, refund_id, amount_minor)  # it happens, but its answer is lost
-            return done and len(asked) > 3
+            return done if len(asked) > 3 else RefundAnswer(end=RefundEnd.UNKNOWN)
 
         monkeypatch.setattr(system.sandbox, "refund", done_but_unknown)
         await deliver(system, notice)

@@ -89,15 +89,15 @@ class PostgresDatabase:
 
     @asynccontextmanager
     async def single(self) -> AsyncIterator[Tx]:
-        async with self._connection() as connection:
-            tx = SingleTx(connection, "postgresql")
-            self.singles += 1
-            try:
+        self.singles += 1
+        try:
+            async with self._connection() as connection:
+                tx = SingleTx(connection, "postgresql")
                 yield tx
                 tx.refuse_void()
                 tx.committed()
-            finally:
-                self.singles -= 1
+        finally:
+            self.singles -= 1
 
     @asynccontextmanager
     async def read(self, *, snapshot: bool = False) -> AsyncIterator[Tx]:

@@ -10,8 +10,8 @@ from litestar.openapi import OpenAPIConfig
 from litestar.types import ASGIApp
 
 from holdfast.bootstrap import System
-from holdfast.edge.http import events, health, orders, payments, stock, webhooks
-from holdfast.edge.http.auth import Tokens
+from holdfast.edge.http import carts, events, health, orders, payments, stock, webhooks
+from holdfast.edge.http.auth import Tokens, caller
 from holdfast.edge.http.hot import HotRoutes
 from holdfast.edge.http.problems import from_error, from_framework, page_not_found
 from holdfast.edge.http.shell import Shell
@@ -28,13 +28,17 @@ def build_app(system: System) -> ASGIApp:
     app = Litestar(
         route_handlers=[
             orders.router(),
+            carts.router(),
             stock.router(),
             payments.router(),
             events.router(),
             webhooks.router(),
             health.router(),
         ],
-        dependencies={"system": Provide(the_system, sync_to_thread=False, use_cache=True)},
+        dependencies={
+            "system": Provide(the_system, sync_to_thread=False, use_cache=True),
+            "caller": Provide(caller, sync_to_thread=False),
+        },
         exception_handlers={
             HoldfastError: from_error,
             HTTPException: from_framework,
@@ -51,8 +55,9 @@ def build_app(system: System) -> ASGIApp:
         app,
         {
             ("POST", orders.PLACE_PATH): orders.placing(system, tokens),
-            ("POST", payments.notice_path(system)): payments.noticing(system),
+            **payments.notice_routes(system),
         },
         system.settings.http.body_bytes_max,
+        behind={("GET", orders.PLACE_PATH)},
     )
     return Shell(hot, system.clock, system.settings.http.request_timeout_ms / 1_000)

@@ -11,7 +11,6 @@ import jwt
 import msgspec
 from litestar import Request
 from litestar.connection import ASGIConnection
-from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 
 from holdfast.clock import US_PER_S, Clock
@@ -100,7 +99,7 @@ def caller(request: Request[Any, Any, Any]) -> Caller:
 
 
 def staff(scope: str) -> dict[str, Any]:
-    """What a route for staff is declared with: only a token with the scope gets in, and its caller is handed on.
+    """What a route for staff is declared with: only a token with the scope gets in.
 
     The guard comes before the body is read; it raises `Unauthorized` or `Forbidden`.
     """
@@ -110,4 +109,4 @@ def staff(scope: str) -> dict[str, Any]:
         tokens: Tokens = connection.app.state.tokens
         tokens.caller(connection.headers.get("authorization", "")).require(scope)
 
-    return {"guards": [guard], "dependencies": {"caller": Provide(caller, sync_to_thread=False)}}
+    return {"guards": [guard]}

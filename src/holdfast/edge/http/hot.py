@@ -6,7 +6,7 @@ small JSON body, Litestar 2.25). On sale day everybody asks for the same two thi
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 
 import msgspec
@@ -33,11 +33,21 @@ Handler = Callable[[Headers, ReadBody], Awaitable[Reply]]
 
 
 class HotRoutes:
-    """Answers exact (method, path) pairs itself and leaves everything else to the application behind it."""
+    """Answers exact (method, path) pairs itself and leaves everything else to the application behind it.
 
-    def __init__(self, app: ASGIApp, routes: Mapping[tuple[str, str], Handler], body_bytes_max: int) -> None:
+    `behind` are pairs of these paths that the application answers.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Mapping[tuple[str, str], Handler],
+        body_bytes_max: int,
+        behind: Collection[tuple[str, str]] = (),
+    ) -> None:
         self._app = app
         self._routes = routes
+        self._behind = frozenset(behind)
         self._body_bytes_max = body_bytes_max
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,7 +67,10 @@ class HotRoutes:
 
     def _wrong_method(self, scope: HTTPScope) -> Handler | None:
         """For a path of ours the answer to every other method; None for a path that is not ours."""
-        allowed = ", ".join(method for method, path in self._routes if path == scope["path"])
+        here = [method for method, path in self._routes if path == scope["path"]]
+        if not here or (scope["method"], scope["path"]) in self._behind:
+            return None
+        allowed = ", ".join(here + sorted(method for method, path in self._behind if path == scope["path"]))
         asked = scope["method"] == "OPTIONS"
 
         async def refuse(_: Headers, __: ReadBody) -> Reply:
@@ -67,7 +80,7 @@ class HotRoutes:
                 return Reply(status=204, body=b"", headers=headers)
             return Reply(status=405, body=body, media_type=MEDIA_TYPE, headers=headers)
 
-        return refuse if allowed else None
+        return refuse
 
     async def _body(self, receive: Receive) -> bytes:
         chunks: list[bytes] = []

@@ -20,9 +20,9 @@ from holdfast.errors import (
 )
 from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.feed.model import EventsExpired
-from holdfast.services.orders.model import MixedCurrencies, OrderNotFound
+from holdfast.services.orders.model import CartEmpty, MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
-from holdfast.services.payments.service import UnknownProvider
+from holdfast.services.payments.service import PaymentNotFound, UnknownProvider
 from holdfast.services.stock.actions import UnknownSku
 from holdfast.services.webhooks.model import WebhookNotFound
 
@@ -68,11 +68,13 @@ STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (OrderNotFound, 404),
     (UnknownSku, 404),
     (UnknownProvider, 404),
+    (PaymentNotFound, 404),
     (WebhookNotFound, 404),
     (EventsExpired, 410),
     (KeyReused, 422),
     (UnknownSkuOnLine, 422),
     (MixedCurrencies, 422),
+    (CartEmpty, 422),
     (InvalidInput, 400),
     (Refused, 409),
     (BodyTooLarge, 413),

@@ -14,7 +14,7 @@ from holdfast.edge.http.auth import Caller, staff
 from holdfast.edge.http.reading import body_of, idempotency_key
 from holdfast.errors import InvalidInput
 from holdfast.services.contracts.values import Code, Currency, Quantity
-from holdfast.services.stock.model import Level, Receipt, Sku, Title, UnitPrice
+from holdfast.services.stock.model import Level, Receipt, Sku, TimeOut, Title, UnitPrice
 
 
 class Availability(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +30,9 @@ class SkuBody(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_
     title: Title
     price_minor: UnitPrice
     currency: Currency
+    order_max: Quantity | None = None
+    buyer_max: Quantity | None = None
+    time_out_ms: TimeOut | None = None
 
 
 class ReceiptBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,8 +87,7 @@ async def keep(
 ) -> Sku:
     """Set title and price; orders keep the price they were placed at."""
     data = _read_sku(body)
-    wanted = Sku(sku=checked(sku), title=data.title, price_minor=data.price_minor, currency=data.currency)
-    return await system.stock.keep_sku(wanted)
+    return await system.stock.keep_sku(Sku(sku=checked(sku), **msgspec.structs.asdict(data)))
 
 
 @post(

@@ -35,6 +35,38 @@ class OrderPaid(Event, frozen=True, kw_only=True):
     payment_id: int
 
 
+class OrderShipped(Event, frozen=True, kw_only=True):
+    """An order has left the house."""
+
+    order_id: int
+    tracking: str
+
+
+class OrderArriving(Event, frozen=True, kw_only=True):
+    """A shipped order's time to be completed by itself; the wake-up. The deadline on its row decides."""
+
+    order_id: int
+
+
+class OrderCompleted(Event, frozen=True, kw_only=True):
+    """An order has arrived."""
+
+    order_id: int
+
+
+class OrderRefunded(Event, frozen=True, kw_only=True):
+    """All that was captured for an order was given back."""
+
+    order_id: int
+
+
+class CartOrdered(Event, frozen=True, kw_only=True):
+    """What was in a buyer's cart is ordered; the header `user-info` says whose cart."""
+
+    order_id: int
+    skus: tuple[str, ...]
+
+
 class OrderClosed(Event, frozen=True, kw_only=True):
     """An order ended unpaid, cancelled or timed out: each service gives back what it held for it."""
 
@@ -88,6 +120,11 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "order.due": OrderDue,
     "order.paid": OrderPaid,
     "order.closed": OrderClosed,
+    "order.shipped": OrderShipped,
+    "order.arriving": OrderArriving,
+    "order.completed": OrderCompleted,
+    "order.refunded": OrderRefunded,
+    "cart.ordered": CartOrdered,
     "stock.locked": StockLocked,
     "payment.succeeded": PaymentSucceeded,
     "refund.requested": RefundRequested,

@@ -7,11 +7,24 @@ from typing import TYPE_CHECKING, Union
 
 import msgspec
 
-from holdfast.services.contracts.events import TYPES, Event, OrderClosed, OrderCreated, OrderPaid, PaymentSucceeded
+from holdfast.services.contracts.events import (
+    TYPES,
+    Event,
+    OrderClosed,
+    OrderCompleted,
+    OrderCreated,
+    OrderPaid,
+    OrderRefunded,
+    OrderShipped,
+    PaymentSucceeded,
+)
 
 FACTS: Mapping[type[Event], tuple[str, ...]] = {
     OrderCreated: ("order_id",),
     OrderPaid: ("order_id",),
+    OrderShipped: ("order_id",),
+    OrderCompleted: ("order_id",),
+    OrderRefunded: ("order_id",),
     OrderClosed: ("order_id",),
     PaymentSucceeded: ("payment_id",),
 }

@@ -24,10 +24,13 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What one unit costs, in minor units (cents, fen) of an ISO 4217 currency."""
+    """What one unit costs, in minor units (cents, fen) of an ISO 4217 currency, and what holds for selling it."""
 
     amount_minor: int
     currency: str
+    order_max: int | None = None  # units in one order
+    buyer_max: int | None = None  # units of one buyer, over all his orders that are open or paid
+    time_out_ms: int | None = None  # time to pay an order with this SKU, where it is not the usual one
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,8 +75,9 @@ class Fate(StrEnum):
 
 
 class TradeEnd(StrEnum):
-    """The provider's answer when asked to close a trade."""
+    """The provider's answer when asked about a trade, or to close it."""
 
+    OPEN = "open"  # nobody paid yet, and somebody still can; never the answer to closing
     CLOSED = "closed"  # or never opened: nobody can pay it any more
     PAID = "paid"  # money was captured; closing is refused
     UNKNOWN = "unknown"  # no answer; never taken for either

@@ -52,7 +52,7 @@ def told(fact: msgspec.Struct) -> dict[str, Any]:
         if value is not None and field.name.endswith("_us"):
             name, value = name.removesuffix("Us"), rfc3339(value)
         elif value is not None and field.name.endswith("_id"):
-            value = str(value)
+            value = str(value) if value else None  # 0: there is none, as of a payment for what cost nothing
         elif isinstance(value, tuple):
             value = [told(each) if isinstance(each, msgspec.Struct) else each for each in value]
         elif isinstance(value, msgspec.Struct):

@@ -9,15 +9,14 @@ from holdfast.messaging.injection import Incoming
 from holdfast.messaging.listen import Listen
 from holdfast.messaging.retry import Retry
 from holdfast.services.contracts import topology
-from holdfast.services.contracts.events import OrderDue, PaymentSucceeded
+from holdfast.services.contracts.events import OrderArriving, OrderDue, PaymentSucceeded
 from holdfast.services.orders.service import Expiry, OrderService
-from holdfast.services.orders.transitions import Transitions
 
 ASK_AGAIN_MS = 5_000
 EARLY_MS = 100  # the message came before the deadline column says so, by a clock of another process
 
 
-def listeners(service: OrderService, transitions: Transitions) -> list[Listen]:
+def listeners(service: OrderService) -> list[Listen]:
     """A deadline closes the order unless it is paid; money pays the order or is refunded."""
 
     async def on_due(incoming: Incoming) -> None:
@@ -27,10 +26,15 @@ def listeners(service: OrderService, transitions: Transitions) -> list[Listen]:
             case Expiry.UNKNOWN:
                 raise Retry(ASK_AGAIN_MS, "the payment side does not know yet")
 
+    async def on_arriving(incoming: Incoming) -> None:
+        if not await service.arrive(incoming.body.order_id):
+            raise Retry(EARLY_MS, "the delivery time is not over yet")
+
     async def on_money(tx: Tx, events: Sequence[PaymentSucceeded]) -> None:
-        await transitions.pay(tx, events)
+        await service.transitions.pay(tx, events)
 
     return [
         Listen(name="orders.due", queue=topology.ORDER_DUE_QUEUE, plain={OrderDue: on_due}),
+        Listen(name="orders.arriving", queue=topology.ORDER_ARRIVING_QUEUE, plain={OrderArriving: on_arriving}),
         Listen(name="orders.pay", queue=topology.PAY_SUCCESS_QUEUE, effects={PaymentSucceeded: on_money}),
     ]

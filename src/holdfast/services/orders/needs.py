@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from holdfast.db.database import Tx
-from holdfast.services.contracts.values import Bill, PaymentRef, Price, Shortage, TradeEnd, Wanted
+from holdfast.services.contracts.values import Bill, Line, PaymentRef, Price, Shortage, TradeEnd, Wanted
 
 
 class Catalogue(Protocol):
@@ -19,6 +19,10 @@ class Catalogue(Protocol):
 
 class Stock(Protocol):
     """Units."""
+
+    async def lock(self, tx: Tx, skus: Collection[str]) -> None:
+        """Let no other transaction hold units of these SKUs before this one has ended."""
+        ...
 
     async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> Sequence[Shortage | None]:
         """Hold stock for orders in the given order, each all or nothing; None says that it is held."""
@@ -36,8 +40,20 @@ class Payments(Protocol):
         """End unpaid payment orders; answers the orders that can close, not those paid meanwhile."""
         ...
 
+    async def extend(self, tx: Tx, deadlines: Mapping[int, int]) -> Mapping[int, PaymentRef]:
+        """Let the payment orders of these orders be paid until another instant; answers where they are paid now."""
+        ...
+
     async def accept(self, tx: Tx, payment_ids: Collection[int]) -> None:
         """Take note that these payments have paid their orders."""
+        ...
+
+
+class Carts(Protocol):
+    """What buyers have put together."""
+
+    async def contents(self, tx: Tx, buyers: Collection[str]) -> Mapping[str, Sequence[Line]]:
+        """The lines in these buyers' carts; who has none is missing."""
         ...
 
 

@@ -16,11 +16,14 @@ from holdfast.ids import IdSource
 from holdfast.messaging.draft import Draft
 from holdfast.messaging.outbox import Outbox
 from holdfast.services.contracts import topology
-from holdfast.services.contracts.events import OrderCreated, OrderDue
+from holdfast.services.contracts.events import CartOrdered, OrderCreated, OrderDue, OrderPaid
 from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.contracts.values import Bill, PaymentRef, Wanted
 from holdfast.services.orders import store
 from holdfast.services.orders.model import (
+    CartEmpty,
+    LimitReached,
+    OrderLine,
     OrderStatus,
     Placed,
     PlaceRequest,
@@ -31,10 +34,12 @@ from holdfast.services.orders.model import (
     unpriced,
     view,
 )
-from holdfast.services.orders.needs import Catalogue, Payments, Stock
+from holdfast.services.orders.needs import Carts, Catalogue, Payments, Stock
 from holdfast.settings import OrdersSettings
 
 Answer = Placed | HoldfastError
+NOTHING_TO_PAY = PaymentRef(id="0", provider="none")
+NOBODY_PAYS = "nothing to pay"  # the actor that pays an order of amount 0
 
 
 class _Draft(msgspec.Struct, kw_only=True):
@@ -45,6 +50,13 @@ class _Draft(msgspec.Struct, kw_only=True):
     lines: tuple[PricedLine, ...]
     amount_minor: int
     currency: str
+    time_out_ms: int
+    capped: dict[str, int]  # SKU -> units of one buyer at most
+
+    @property
+    def is_free(self) -> bool:
+        """Nothing is to be paid: it is placed and paid in one."""
+        return self.amount_minor == 0
 
 
 class PlaceOrders:
@@ -60,6 +72,7 @@ class PlaceOrders:
         catalogue: Catalogue,
         stock: Stock,
         payments: Payments,
+        carts: Carts,
     ) -> None:
         self._clock = clock
         self._ids = ids
@@ -68,6 +81,7 @@ class PlaceOrders:
         self._catalogue = catalogue
         self._stock = stock
         self._payments = payments
+        self._carts = carts
 
     async def __call__(self, tx: Tx, requests: Sequence[PlaceRequest]) -> list[Answer]:
         """Decide wishes in order of arrival; a refused one changes nothing and leaves its idempotency key unused.
@@ -94,9 +108,9 @@ class PlaceOrders:
         return [answers[index] for index in range(len(requests))]
 
     async def _place_fresh(self, tx: Tx, requests: Sequence[PlaceRequest]) -> list[Answer]:
-        drafts = await self._price(tx, requests)
+        drafts = await self._within_limits(tx, await self._price(tx, await self._filled(tx, requests)))
         wanted = [draft for draft in drafts if isinstance(draft, _Draft)]
-        orders = [Wanted(order_id=draft.order_id, lines=unpriced(draft.request.lines)) for draft in wanted]
+        orders = [Wanted(order_id=draft.order_id, lines=unpriced(draft.lines)) for draft in wanted]
         for order, cause in zip(orders, wanted, strict=True):
             tx.caused(order, tx.trace_of(cause.request))
         shortages = iter(await self._stock.reserve(tx, orders) if orders else ())
@@ -123,21 +137,57 @@ class PlaceOrders:
                 decided[refused[at]] = answer
         return decided
 
-    async def _price(self, tx: Tx, requests: Sequence[PlaceRequest]) -> list[_Draft | HoldfastError]:
-        skus = {line.sku for request in requests for line in request.lines}
+    async def _filled(self, tx: Tx, requests: Sequence[PlaceRequest]) -> list[tuple[PlaceRequest, Sequence[OrderLine]]]:
+        """Each wish with its lines: those it came with, or what is in the buyer's cart now."""
+        buyers = {request.buyer for request in requests if request.from_cart}
+        carts = await self._carts.contents(tx, buyers) if buyers else {}
+        return [
+            (
+                request,
+                [OrderLine(sku=line.sku, quantity=line.quantity) for line in carts.get(request.buyer, ())]
+                if request.from_cart
+                else request.lines,
+            )
+            for request in requests
+        ]
+
+    async def _within_limits(
+        self, tx: Tx, drafts: Sequence[_Draft | HoldfastError]
+    ) -> Sequence[_Draft | HoldfastError]:
+        """Refuse who would have more of a SKU than one buyer may; those of one batch count in order of arrival.
+
+        What a buyer has is counted with the SKU's levels locked, so no other process can place for him meanwhile.
+        """
+        capped = [draft for draft in drafts if isinstance(draft, _Draft) and draft.capped]
+        if not capped:
+            return drafts
+        skus = {sku for draft in capped for sku in draft.capped}
+        await self._stock.lock(tx, {line.sku for draft in drafts if isinstance(draft, _Draft) for line in draft.lines})
+        has = dict(await store.bought(tx, {draft.request.buyer for draft in capped}, skus))
+        return [_refused(draft, has) or draft if isinstance(draft, _Draft) else draft for draft in drafts]
+
+    async def _price(
+        self, tx: Tx, wishes: Sequence[tuple[PlaceRequest, Sequence[OrderLine]]]
+    ) -> list[_Draft | HoldfastError]:
+        skus = {line.sku for _, lines in wishes for line in lines}
         prices = await self._catalogue.prices(tx, skus) if skus else {}
         drafts: list[_Draft | HoldfastError] = []
-        for request in requests:
+        for request, wished in wishes:
+            if request.from_cart and not wished:
+                drafts.append(CartEmpty())
+                continue
             try:
-                check_lines(request.lines, self._settings.lines_max, self._settings.quantity_max)
+                check_lines(wished, self._settings.lines_max, self._settings.quantity_max)
             except InvalidInput as error:
                 drafts.append(error)
                 continue
-            priced = price_lines(request.lines, prices)
+            priced = price_lines(wished, prices)
             if isinstance(priced, HoldfastError):
                 drafts.append(priced)
                 continue
             lines, amount_minor, currency = priced
+            offers = {line.sku: prices[line.sku] for line in lines}
+            times = [offer.time_out_ms for offer in offers.values() if offer.time_out_ms is not None]
             drafts.append(
                 _Draft(
                     order_id=self._ids.next(),
@@ -145,26 +195,33 @@ class PlaceOrders:
                     lines=lines,
                     amount_minor=amount_minor,
                     currency=currency,
+                    time_out_ms=min(times, default=self._settings.time_out_ms),
+                    capped={sku: offer.buyer_max for sku, offer in offers.items() if offer.buyer_max is not None},
                 )
             )
         return drafts
 
     async def _write(self, tx: Tx, drafts: Sequence[_Draft]) -> list[Placed]:
         now_us = self._clock.now_us()
-        pay_by_us = now_us + self._settings.time_out_ms * US_PER_MS
+        due = {draft.order_id: now_us + draft.time_out_ms * US_PER_MS for draft in drafts}
         bills = [
             Bill(
                 order_id=draft.order_id,
                 buyer=draft.request.buyer,
                 amount_minor=draft.amount_minor,
                 currency=draft.currency,
-                pay_by_us=pay_by_us,
+                pay_by_us=due[draft.order_id],
             )
             for draft in drafts
+            if not draft.is_free
         ]
-        payments = await self._payments.open(tx, bills)
-        await self._write_rows(tx, drafts, payments, now_us, pay_by_us)
-        placed = [_placed(draft, payment, now_us, pay_by_us) for draft, payment in zip(drafts, payments, strict=True)]
+        opened = iter(await self._payments.open(tx, bills) if bills else ())
+        payments = [NOTHING_TO_PAY if draft.is_free else next(opened) for draft in drafts]
+        await self._write_rows(tx, drafts, payments, now_us, due)
+        placed = [
+            _placed(draft, payment, now_us, due[draft.order_id])
+            for draft, payment in zip(drafts, payments, strict=True)
+        ]
         replies = [
             {
                 "key": draft.request.idempotency_key,
@@ -178,23 +235,31 @@ class PlaceOrders:
         ]
         await store.insert_replies.many(tx, replies)
         await self._outbox.add_all(
-            tx, [message for draft in drafts for message in _messages(draft, pay_by_us, tx.trace_of(draft.request))]
+            tx,
+            [
+                message
+                for draft in drafts
+                for message in _messages(draft, due[draft.order_id], tx.trace_of(draft.request))
+            ],
         )
         tx.on_commit(lambda: observe.orders_moved.labels(OrderStatus.PENDING_PAYMENT.value).inc(len(drafts)))
         return placed
 
     async def _write_rows(
-        self, tx: Tx, drafts: Sequence[_Draft], payments: Sequence[PaymentRef], now_us: int, pay_by_us: int
+        self, tx: Tx, drafts: Sequence[_Draft], payments: Sequence[PaymentRef], now_us: int, due: Mapping[int, int]
     ) -> None:
         orders = [
             {
                 "id": draft.order_id,
                 "buyer": draft.request.buyer,
-                "status": OrderStatus.PENDING_PAYMENT.value,
+                "status": _first_state(draft).value,
                 "amount_minor": draft.amount_minor,
                 "currency": draft.currency,
                 "payment": msgspec.json.encode(payment).decode(),
-                "pay_by_us": pay_by_us,
+                "pay_by_us": due[draft.order_id],
+                "refunded_minor": 0,
+                "tracking": None,
+                "complete_by_us": None,
                 "created_us": now_us,
                 "changed_us": now_us,
             }
@@ -211,16 +276,22 @@ class PlaceOrders:
             for draft in drafts
             for number, line in enumerate(draft.lines, start=1)
         ]
+        steps = [(draft, None, OrderStatus.PENDING_PAYMENT, draft.request.buyer) for draft in drafts] + [
+            (draft, OrderStatus.PENDING_PAYMENT.value, OrderStatus.PAID, NOBODY_PAYS)
+            for draft in drafts
+            if draft.is_free
+        ]
         entries = [
             {
                 "id": self._ids.next(),
                 "order_id": draft.order_id,
-                "from_status": None,
-                "to_status": OrderStatus.PENDING_PAYMENT.value,
-                "actor": draft.request.buyer,
+                "from_status": came,
+                "to_status": to.value,
+                "actor": actor,
+                "note": "",
                 "at_us": now_us,
             }
-            for draft in drafts
+            for draft, came, to, actor in steps
         ]
         await store.insert_orders.many(tx, orders)
         await store.insert_lines.many(tx, lines)
@@ -258,7 +329,7 @@ def _repeated(first: PlaceRequest, answer: Answer, request: PlaceRequest) -> Ans
 def _placed(draft: _Draft, payment: PaymentRef, created_us: int, pay_by_us: int) -> Placed:
     seen = view(
         draft.order_id,
-        OrderStatus.PENDING_PAYMENT,
+        _first_state(draft),
         draft.lines,
         draft.amount_minor,
         draft.currency,
@@ -270,15 +341,16 @@ def _placed(draft: _Draft, payment: PaymentRef, created_us: int, pay_by_us: int)
 
 
 def _messages(draft: _Draft, pay_by_us: int, trace: Mapping[str, str]) -> list[Draft]:
+    order_id, buyer = draft.order_id, draft.request.buyer
     created = OrderCreated(
-        order_id=draft.order_id,
-        buyer=draft.request.buyer,
+        order_id=order_id,
+        buyer=buyer,
         amount_minor=draft.amount_minor,
         currency=draft.currency,
-        lines=unpriced(draft.request.lines),
+        lines=unpriced(draft.lines),
         pay_by_us=pay_by_us,
     )
-    return [
+    told = [
         Draft(
             exchange=topology.ORDER_EVENTS,
             routing_key=topology.KEY_ORDER_CREATE,
@@ -288,10 +360,46 @@ def _messages(draft: _Draft, pay_by_us: int, trace: Mapping[str, str]) -> list[D
         ),
         Draft(
             exchange=topology.ORDER_EVENTS,
+            routing_key=topology.KEY_ORDER_PAID,
+            body=OrderPaid(order_id=order_id, payment_id=0),
+            trace=trace,
+        )
+        if draft.is_free
+        else Draft(
+            exchange=topology.ORDER_EVENTS,
             routing_key=topology.KEY_ORDER_DUE,
-            body=OrderDue(order_id=draft.order_id),
+            body=OrderDue(order_id=order_id),
             due_us=pay_by_us,
-            cancel_key=deadline_key(draft.order_id),
+            cancel_key=deadline_key(order_id),
             trace=trace,
         ),
     ]
+    if draft.request.from_cart:
+        told.append(
+            Draft(
+                exchange=topology.TRADE,
+                routing_key=topology.KEY_CART_ORDERED,
+                body=CartOrdered(order_id=order_id, skus=tuple(line.sku for line in draft.lines)),
+                headers={topology.USER_HEADER: buyer},
+                trace=trace,
+            )
+        )
+    return told
+
+
+def _first_state(draft: _Draft) -> OrderStatus:
+    return OrderStatus.PAID if draft.is_free else OrderStatus.PENDING_PAYMENT
+
+
+def _refused(draft: _Draft, has: dict[tuple[str, str], int]) -> LimitReached | None:
+    """Why a buyer may not have what he wants; if he may, he has it from now on."""
+    wanted = {line.sku: line.quantity for line in draft.lines if line.sku in draft.capped}
+    for sku, quantity in wanted.items():
+        owned = has.get((draft.request.buyer, sku), 0)
+        if owned + quantity > draft.capped[sku]:
+            return LimitReached(
+                f"a buyer may have {draft.capped[sku]} of {sku!r}; you have {owned} and asked for {quantity} more"
+            )
+    for sku, quantity in wanted.items():
+        has[draft.request.buyer, sku] = has.get((draft.request.buyer, sku), 0) + quantity
+    return None

@@ -13,14 +13,21 @@ from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import Unavailable
 from holdfast.services.contracts.values import Fate, TradeEnd
 from holdfast.services.orders import store
+from holdfast.services.orders.fulfilment import Fulfilment
 from holdfast.services.orders.model import (
+    ENDED_UNPAID,
+    PAID_FOR,
     CancelRequest,
+    CompleteRequest,
+    Entry,
+    ExtendRequest,
     NotCancellable,
     OrderNotFound,
     OrderStatus,
     OrderView,
     Placed,
     PlaceRequest,
+    ShipRequest,
     check_lines,
 )
 from holdfast.services.orders.needs import Cashier
@@ -33,9 +40,8 @@ EXPIRE_AT_ONCE = 32
 
 _FATES = {
     OrderStatus.PENDING_PAYMENT: Fate.OPEN,
-    OrderStatus.PAID: Fate.PAID,
-    OrderStatus.CANCELLED: Fate.ENDED,
-    OrderStatus.CLOSED: Fate.ENDED,
+    **dict.fromkeys(PAID_FOR, Fate.PAID),
+    **dict.fromkeys(ENDED_UNPAID, Fate.ENDED),
 }
 
 log = observe.logger("orders")
@@ -59,6 +65,7 @@ class OrderService:
         group: GroupCommit,
         place: PlaceOrders,
         transitions: Transitions,
+        fulfilment: Fulfilment,
         cashier: Cashier,
         clock: Clock,
         settings: OrdersSettings,
@@ -67,7 +74,8 @@ class OrderService:
         self._stock_group = stock_group  # placing holds stock
         self._group = group
         self._place = place
-        self._transitions = transitions
+        self.transitions = transitions
+        self._fulfilment = fulfilment
         self._cashier = cashier
         self._clock = clock
         self._settings = settings
@@ -78,19 +86,49 @@ class OrderService:
         Raises `InvalidInput`, a refusal (`SoldOut`, `UnknownSku`, `MixedCurrencies`, `KeyReused`), or one of
         `Overloaded`, `Unavailable`, `OutcomeUnknown`: then the same request with the same key may be sent again.
         """
-        check_lines(request.lines, self._settings.lines_max, self._settings.quantity_max)
+        if not request.from_cart:
+            check_lines(request.lines, self._settings.lines_max, self._settings.quantity_max)
         return await self._stock_group.submit(self._place, request)
 
-    async def get(self, order_id: int, buyer: str) -> OrderView:
-        """A buyer's own order; raises `OrderNotFound`, also for another's."""
+    async def get(self, order_id: int, buyer: str | None) -> OrderView:
+        """A buyer's own order, or anybody's for staff (`buyer` is None); raises `OrderNotFound`, also for another's."""
         async with self._database.read() as tx:
             found = await store.read_views(tx, [order_id], buyer)
         if order_id not in found:
             raise OrderNotFound()
         return found[order_id]
 
-    async def cancel(self, order_id: int, buyer: str) -> OrderView:
-        """Cancel a buyer's own unpaid order, its trade at the provider first.
+    async def page(self, *, buyer: str | None, status: OrderStatus | None, before: int, limit: int) -> list[OrderView]:
+        """Orders with an id below `before`, the newest first, at most `limit`: a buyer's own, or all (None)."""
+        async with self._database.read(snapshot=True) as tx:
+            page = await store.page_of_ids(tx, buyer=buyer, status=status, before=before, limit=limit)
+            views = await store.read_views(tx, page, buyer)
+        return [views[order_id] for order_id in page]
+
+    async def timeline(self, order_id: int, buyer: str | None) -> list[Entry]:
+        """What happened to an order, the oldest first; raises `OrderNotFound`, also for another buyer's."""
+        await self.get(order_id, buyer)
+        async with self._database.read() as tx:
+            return await store.read_log(tx, order_id)
+
+    async def ship(self, request: ShipRequest) -> OrderView:
+        """Note that a paid order has left the house; raises `OrderNotFound` or `NotShippable`."""
+        return await self._group.submit(self._fulfilment.ship, request)
+
+    async def complete(self, request: CompleteRequest) -> OrderView:
+        """Note that a shipped order has arrived; raises `OrderNotFound` or `NotCompletable`."""
+        return await self._group.submit(self._fulfilment.complete, request)
+
+    async def arrive(self, order_id: int) -> bool:
+        """Complete a shipped order whose delivery time is over; False when it is too early."""
+        return await self._group.submit(self._fulfilment.arrive, order_id)
+
+    async def extend(self, request: ExtendRequest) -> OrderView:
+        """Give an unpaid order a later deadline; raises `OrderNotFound` or `NotExtendable`."""
+        return await self._group.submit(self.transitions.extend, request)
+
+    async def cancel(self, order_id: int, buyer: str | None, actor: str = "buyer") -> OrderView:
+        """Cancel an unpaid order, a buyer's own or any for staff (`buyer` is None), its trade at the provider first.
 
         Raises `OrderNotFound`, `NotCancellable`, or `Unavailable` when the provider's answer is unknown.
         """
@@ -101,7 +139,9 @@ class OrderService:
                     raise NotCancellable("the order is being paid; it cannot be cancelled any more")
                 case TradeEnd.UNKNOWN:
                     raise Unavailable("the payment provider did not answer; the order is unchanged, try again")
-        return await self._group.submit(self._transitions.cancel, CancelRequest(order_id=order_id, buyer=buyer))
+        return await self._group.submit(
+            self.transitions.cancel, CancelRequest(order_id=order_id, buyer=buyer, actor=actor)
+        )
 
     async def expire(self, order_id: int) -> Expiry:
         """Close an order if its deadline has passed and nobody paid; safe to call at any time, any number of times."""
@@ -116,7 +156,7 @@ class OrderService:
                 return Expiry.UNKNOWN
             case TradeEnd.PAID:
                 return Expiry.DONE  # `payment.succeeded` is on its way and decides
-        closed = await self._group.submit(self._transitions.close, order_id)
+        closed = await self._group.submit(self.transitions.close, order_id)
         return Expiry.DONE if closed else Expiry.UNKNOWN
 
     async def sweep(self, older_than_ms: int) -> int:
@@ -140,6 +180,17 @@ class OrderService:
                         raise outcome  # of the database or provider, not of this order: the next sweep tries again
                     if isinstance(outcome, Exception):
                         log.error("expire_failed", order_id=order_id, error=repr(outcome)[:300])
+
+    async def sweep_arriving(self) -> int:
+        """Complete shipped orders that no message came for; answers how many there were."""
+        found = 0
+        while True:
+            async with self._database.read() as tx:
+                page = await store.arriving(tx, self._clock.now_us(), SWEEP_PAGE)
+            if not page:
+                return found
+            found += len(page)
+            await asyncio.gather(*map(self.arrive, page))
 
     async def fates(self, order_ids: Collection[int]) -> Mapping[int, Fate]:
         """What those orders that exist mean to those who hold something for them."""

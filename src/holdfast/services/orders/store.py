@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -19,15 +19,26 @@ from sqlalchemy import (
     UniqueConstraint,
     and_,
     bindparam,
+    func,
+    literal_column,
     or_,
     select,
     update,
 )
 
+from holdfast.clock import rfc3339
 from holdfast.db.database import Dialect, Tx
 from holdfast.db.prepared import InsertAll, Prepared, among
 from holdfast.services.contracts.values import PaymentRef
-from holdfast.services.orders.model import OrderStatus, OrderView, PlaceRequest, PricedLine, view
+from holdfast.services.orders.model import (
+    ENDED_UNPAID,
+    Entry,
+    OrderStatus,
+    OrderView,
+    PlaceRequest,
+    PricedLine,
+    view,
+)
 from holdfast.services.schema import metadata
 
 _STATES = ", ".join(f"'{status}'" for status in OrderStatus)
@@ -42,17 +53,29 @@ orders = Table(
     Column("currency", Text, nullable=False),
     Column("payment", Text, nullable=False),  # the payment reference as placed, JSON
     Column("pay_by_us", BigInteger, nullable=False),
+    Column("refunded_minor", BigInteger, nullable=False),
+    Column("tracking", Text),
+    Column("complete_by_us", BigInteger),
     Column("created_us", BigInteger, nullable=False),
     Column("changed_us", BigInteger, nullable=False),
     CheckConstraint(f"status IN ({_STATES})", name="status"),
     CheckConstraint("amount_minor >= 0", name="amount"),
+    CheckConstraint("0 <= refunded_minor AND refunded_minor <= amount_minor", name="refunded"),
 )
+Index("ix_order_order_buyer", orders.c.buyer, orders.c.id)
 # The timer of record: the sweeper finds by it what no message came for.
 Index(
     "ix_order_order_due",
     orders.c.pay_by_us,
     sqlite_where=orders.c.status == OrderStatus.PENDING_PAYMENT.value,
     postgresql_where=orders.c.status == OrderStatus.PENDING_PAYMENT.value,
+)
+
+Index(
+    "ix_order_order_arriving",
+    orders.c.complete_by_us,
+    sqlite_where=orders.c.status == OrderStatus.SHIPPED.value,
+    postgresql_where=orders.c.status == OrderStatus.SHIPPED.value,
 )
 
 lines = Table(
@@ -75,6 +98,7 @@ log = Table(
     Column("from_status", Text),
     Column("to_status", Text, nullable=False),
     Column("actor", Text, nullable=False),
+    Column("note", Text, nullable=False),
     Column("at_us", BigInteger, nullable=False),
     UniqueConstraint("order_id", "to_status", name="uq_order_log_order_id_to_status"),
 )
@@ -99,7 +123,14 @@ insert_replies = InsertAll(replies)
 
 
 def _lock(dialect: Dialect) -> Executable:
-    chosen = select(orders.c.id, orders.c.buyer, orders.c.status, orders.c.pay_by_us)
+    chosen = select(
+        orders.c.id,
+        orders.c.buyer,
+        orders.c.status,
+        orders.c.pay_by_us,
+        orders.c.created_us,
+        orders.c.complete_by_us,
+    )
     return chosen.where(among(dialect, orders.c.id, "order_ids")).order_by(orders.c.id).with_for_update()
 
 
@@ -112,6 +143,32 @@ def _move(dialect: Dialect) -> Executable:
     )
 
 
+def _bought(dialect: Dialect) -> Executable:
+    live = [status.value for status in OrderStatus if status not in (*ENDED_UNPAID, OrderStatus.REFUNDED)]
+    return (
+        select(orders.c.buyer, lines.c.sku, func.sum(lines.c.quantity).label("units"))
+        .join(lines, lines.c.order_id == orders.c.id)
+        .where(among(dialect, orders.c.buyer, "buyers"), among(dialect, lines.c.sku, "skus"))
+        .where(or_(*(orders.c.status == literal_column(f"'{status}'") for status in live)))
+        .group_by(orders.c.buyer, lines.c.sku)
+    )
+
+
+_BOUGHT = Prepared(_bought)
+_MARK_SHIPPED = Prepared(
+    lambda _: (
+        update(orders)
+        .where(orders.c.id == bindparam("order_id"))
+        .values(tracking=bindparam("by_tracking"), complete_by_us=bindparam("until_us"))
+    )
+)
+_SET_DEADLINE = Prepared(
+    lambda _: (
+        update(orders)
+        .where(orders.c.id == bindparam("order_id"))
+        .values(pay_by_us=bindparam("until_us"), payment=bindparam("reference"), changed_us=bindparam("now_us"))
+    )
+)
 _LOCK = Prepared(_lock)
 _MOVE = Prepared(_move)
 _REPLIES = Prepared(lambda dialect: select(replies).where(among(dialect, replies.c.key, "keys")))
@@ -172,9 +229,79 @@ async def read_views(tx: Tx, order_ids: Collection[int], buyer: str | None) -> d
             row.created_us,
             row.pay_by_us,
             msgspec.json.decode(row.payment, type=PaymentRef),
+            row.refunded_minor,
+            row.tracking,
+            row.complete_by_us,
         )
         for row in found
     }
+
+
+async def bought(tx: Tx, buyers: Collection[str], skus: Collection[str]) -> dict[tuple[str, str], int]:
+    """(buyer, SKU) -> units in orders that are open or paid."""
+    rows = await _BOUGHT.rows(tx, buyers=sorted(buyers), skus=sorted(skus))
+    return {(row.buyer, row.sku): int(row.units) for row in rows}
+
+
+async def mark_shipped(tx: Tx, trackings: Mapping[int, str], complete_by_us: int) -> None:
+    """Note how orders travel, and when they complete by themselves."""
+    rows = [
+        {"order_id": order_id, "by_tracking": tracking, "until_us": complete_by_us}
+        for order_id, tracking in trackings.items()
+    ]
+    await _MARK_SHIPPED.many(tx, rows)
+
+
+async def set_deadlines(tx: Tx, deadlines: Mapping[int, int], payments: Mapping[int, PaymentRef], now_us: int) -> None:
+    """Give orders another deadline, and the payment reference that goes with it."""
+    rows = [
+        {
+            "order_id": order_id,
+            "until_us": pay_by_us,
+            "reference": msgspec.json.encode(payments[order_id]).decode(),
+            "now_us": now_us,
+        }
+        for order_id, pay_by_us in deadlines.items()
+    ]
+    await _SET_DEADLINE.many(tx, rows)
+
+
+async def read_log(tx: Tx, order_id: int) -> list[Entry]:
+    """What happened to an order, the oldest first."""
+    found = await tx.execute(select(log).where(log.c.order_id == order_id).order_by(log.c.id))
+    return [
+        Entry(
+            at=rfc3339(row.at_us),
+            from_status=OrderStatus(row.from_status) if row.from_status else None,
+            to_status=OrderStatus(row.to_status),
+            actor=row.actor,
+            note=row.note,
+        )
+        for row in found
+    ]
+
+
+async def page_of_ids(
+    tx: Tx, *, buyer: str | None, status: OrderStatus | None, before: int, limit: int
+) -> Sequence[int]:
+    """Ids of orders below the given one, the newest first; with a buyer, only his."""
+    wanted = select(orders.c.id).where(orders.c.id < before)
+    if buyer is not None:
+        wanted = wanted.where(orders.c.buyer == buyer)
+    if status is not None:
+        wanted = wanted.where(orders.c.status == status.value)
+    return (await tx.execute(wanted.order_by(orders.c.id.desc()).limit(limit))).scalars().all()
+
+
+async def arriving(tx: Tx, now_us: int, limit: int) -> Sequence[int]:
+    """Shipped orders whose delivery time is over."""
+    overdue_ones = (
+        select(orders.c.id)
+        .where(orders.c.status == OrderStatus.SHIPPED.value, orders.c.complete_by_us <= now_us)
+        .order_by(orders.c.complete_by_us)
+        .limit(limit)
+    )
+    return (await tx.execute(overdue_ones)).scalars().all()
 
 
 async def overdue(tx: Tx, now_us: int, after: tuple[int, int], limit: int) -> Sequence[tuple[int, int]]:

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from holdfast import observe
-from holdfast.clock import Clock
+from holdfast.clock import US_PER_MS, Clock, rfc3339
 from holdfast.db.database import Tx
 from holdfast.errors import HoldfastError
-from holdfast.ids import IdSource
 from holdfast.messaging.draft import Draft
 from holdfast.messaging.outbox import Outbox
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import OrderClosed, OrderPaid, PaymentSucceeded, RefundRequested
 from holdfast.services.orders import store
-from holdfast.services.orders.model import CancelRequest, NotCancellable, OrderNotFound, OrderStatus, OrderView
+from holdfast.services.orders.model import (
+    PAID_FOR,
+    CancelRequest,
+    ExtendRequest,
+    NotCancellable,
+    NotExtendable,
+    OrderNotFound,
+    OrderStatus,
+    OrderView,
+)
+from holdfast.services.orders.moves import Moves
 from holdfast.services.orders.needs import Payments
 from holdfast.services.orders.place import deadline_key
 
 LATE = "late"
+Actors = Mapping[int, str]
 Traces = Mapping[int, Mapping[str, str]]  # order id -> the trace that made it move
 
 
 class Transitions:
     """Moves orders; what a verb does commits with the caller's `tx` or not at all."""
 
-    def __init__(self, clock: Clock, ids: IdSource, outbox: Outbox, payments: Payments) -> None:
+    def __init__(self, clock: Clock, moves: Moves, outbox: Outbox, payments: Payments, extend_ms_max: int) -> None:
         self._clock = clock
-        self._ids = ids
+        self._moves = moves
+        self._extend_us_max = extend_ms_max * US_PER_MS
         self._outbox = outbox
         self._payments = payments
 
@@ -48,7 +58,7 @@ class Transitions:
                 and event.captured_us <= order.pay_by_us
             ):
                 paid[event.order_id] = event
-            elif order is None or order.status != OrderStatus.PAID:
+            elif order is None or order.status not in PAID_FOR:
                 late.append(event)
         await self._move(tx, list(paid), OrderStatus.PAID, "payment")
         # What is not accepted here and now, payments will tell again, until a refund takes charge of it.
@@ -76,23 +86,23 @@ class Transitions:
         await self._outbox.add_all(tx, drafts + _told_closed(closed, OrderStatus.CLOSED, traces))
 
     async def cancel(self, tx: Tx, requests: Sequence[CancelRequest]) -> list[OrderView | HoldfastError]:
-        """Cancel buyers' own unpaid orders; cancelling a cancelled one again gives the same answer and does nothing.
+        """Cancel unpaid orders; cancelling a cancelled one again gives the same answer and does nothing.
 
         Answers `OrderNotFound` for another buyer's order, `NotCancellable` for one that is paid or closed.
         """
         orders = await store.lock_orders(tx, {request.order_id for request in requests})
         refusals: dict[int, HoldfastError] = {}
-        wanted: set[int] = set()
+        wanted: dict[int, str] = {}
         for index, request in enumerate(requests):
             order = orders.get(request.order_id)
-            if order is None or order.buyer != request.buyer:
+            if order is None or request.buyer not in (None, order.buyer):
                 refusals[index] = OrderNotFound()
             elif order.status == OrderStatus.PENDING_PAYMENT:
-                wanted.add(request.order_id)
+                wanted.setdefault(request.order_id, request.actor)
             elif order.status != OrderStatus.CANCELLED:
                 refusals[index] = NotCancellable(f"the order is {order.status}; it cannot be cancelled any more")
         traces = {request.order_id: tx.trace_of(request) for request in requests}
-        cancelled = await self._end(tx, wanted, OrderStatus.CANCELLED, "buyer", traces)
+        cancelled = await self._end(tx, set(wanted), OrderStatus.CANCELLED, wanted, traces)
         views = await store.read_views(tx, set(orders), None)
         answers: list[OrderView | HoldfastError] = []
         for index, request in enumerate(requests):
@@ -118,7 +128,40 @@ class Transitions:
         ended = {order.id for order in orders.values() if order.status != OrderStatus.PENDING_PAYMENT}
         return [order_id in closed | ended for order_id in order_ids]
 
-    async def _end(self, tx: Tx, order_ids: set[int], to: OrderStatus, actor: str, traces: Traces) -> set[int]:
+    async def extend(self, tx: Tx, requests: Sequence[ExtendRequest]) -> list[OrderView | HoldfastError]:
+        """Give unpaid orders a later deadline; the same deadline again gives the same answer.
+
+        Answers `OrderNotFound`, or `NotExtendable`: the order does not wait for payment any more (at its instant it is
+        dead, also when nobody closed it yet), the deadline is earlier than it was, or later than the cap allows.
+        """
+        orders = await store.lock_orders(tx, {request.order_id for request in requests})
+        now_us = self._clock.now_us()
+        wanted: dict[int, ExtendRequest] = {}
+        refusals: dict[int, HoldfastError] = {}
+        for index, request in enumerate(requests):
+            order = orders.get(request.order_id)
+            if order is None:
+                refusals[index] = OrderNotFound()
+                continue
+            latest_us = order.created_us + self._extend_us_max
+            before_us = wanted[order.id].pay_by_us if order.id in wanted else order.pay_by_us
+            if order.status != OrderStatus.PENDING_PAYMENT or order.pay_by_us <= now_us:
+                refusals[index] = NotExtendable("the order does not wait for payment any more")
+            elif request.pay_by_us < before_us:
+                refusals[index] = NotExtendable(f"the deadline is {rfc3339(before_us)} already; it is never shortened")
+            elif request.pay_by_us > max(latest_us, before_us):
+                refusals[index] = NotExtendable(f"the deadline of this order is {rfc3339(latest_us)} at the latest")
+            elif request.pay_by_us > before_us:
+                wanted[order.id] = request
+        if wanted:
+            deadlines = {order_id: request.pay_by_us for order_id, request in wanted.items()}
+            await store.set_deadlines(tx, deadlines, await self._payments.extend(tx, deadlines), now_us)
+            for order_id, pay_by_us in deadlines.items():
+                await self._outbox.move(tx, deadline_key(order_id), due_us=pay_by_us)
+        views = await store.read_views(tx, set(orders), None)
+        return [refusals.get(index) or views[request.order_id] for index, request in enumerate(requests)]
+
+    async def _end(self, tx: Tx, order_ids: set[int], to: OrderStatus, actor: str | Actors, traces: Traces) -> set[int]:
         """End unpaid orders together with their payment orders; one whose payment succeeded meanwhile stays open."""
         if not order_ids:
             return set()
@@ -126,26 +169,9 @@ class Transitions:
         await self._outbox.add_all(tx, _told_closed(moved, to, traces))
         return set(moved)
 
-    async def _move(self, tx: Tx, order_ids: set[int] | list[int], to: OrderStatus, actor: str) -> list[int]:
-        if not order_ids:
-            return []
-        now_us = self._clock.now_us()
-        moved = await store.move(tx, order_ids, OrderStatus.PENDING_PAYMENT, to, now_us)
-        if moved:
-            entries = [
-                {
-                    "id": self._ids.next(),
-                    "order_id": order_id,
-                    "from_status": OrderStatus.PENDING_PAYMENT.value,
-                    "to_status": to.value,
-                    "actor": actor,
-                    "at_us": now_us,
-                }
-                for order_id in moved
-            ]
-            await store.insert_entries.many(tx, entries)
-            await self._outbox.cancel(tx, *(deadline_key(order_id) for order_id in moved))
-            tx.on_commit(lambda: observe.orders_moved.labels(to.value).inc(len(moved)))
+    async def _move(self, tx: Tx, order_ids: set[int] | list[int], to: OrderStatus, actor: str | Actors) -> list[int]:
+        moved = await self._moves.move(tx, order_ids, OrderStatus.PENDING_PAYMENT, to, actor)
+        await self._outbox.cancel(tx, *(deadline_key(order_id) for order_id in moved))
         return moved
 
 

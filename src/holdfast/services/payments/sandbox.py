@@ -10,53 +10,22 @@ import base64
 import hashlib
 import hmac
 import re
-import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 
 import msgspec
-from sqlalchemy import BigInteger, CheckConstraint, Column, Table, Text, select
 
 from holdfast.clock import US_PER_MS, US_PER_S, Clock, microseconds, rfc3339
-from holdfast.db.database import Tx
-from holdfast.db.group_commit import GroupCommit
-from holdfast.db.prepared import insert
-from holdfast.errors import HoldfastError, InvalidInput, Refused
+from holdfast.errors import HoldfastError, InvalidInput
 from holdfast.services.contracts.values import Currency, MinorUnits, TradeEnd
-from holdfast.services.payments.model import Capture, PaymentOrder, RowId, Token
-from holdfast.services.payments.needs import ForgedNotice, TradeAnswer
-from holdfast.services.schema import metadata
+from holdfast.services.payments.model import Capture, PaymentOrder, Token
+from holdfast.services.payments.needs import ForgedNotice, RefundAnswer, RefundEnd, StatementLine, TradeAnswer
+from holdfast.services.payments.sandbox_book import Asked, PayLink, RefundWish, SandboxBook, Trade
 
 NAME = "sandbox"
 SIGNATURE_HEADER = "sandbox-signature"
+SECRET_CHARS_MIN = 16
 _SIGNATURE = re.compile(r"t=(\d{1,12}),v1=([0-9a-f]{64})")
-
-trades = Table(
-    "sandbox_trade",
-    metadata,
-    Column("payment_id", BigInteger, primary_key=True, autoincrement=False),
-    Column("status", Text, nullable=False),
-    Column("trade_no", Text, nullable=False),
-    Column("amount_minor", BigInteger, nullable=False),
-    Column("currency", Text, nullable=False),
-    Column("changed_us", BigInteger, nullable=False),
-    CheckConstraint("status IN ('paid', 'closed')", name="status"),
-)
-
-given_back = Table(
-    "sandbox_refund",
-    metadata,
-    Column("refund_id", BigInteger, primary_key=True, autoincrement=False),
-    Column("payment_id", BigInteger, nullable=False),
-    Column("amount_minor", BigInteger, nullable=False),
-    Column("changed_us", BigInteger, nullable=False),
-)
-
-
-class TradeClosed(Refused):
-    """This trade was closed or its time is over; it cannot be paid."""
-
-    code = "trade_closed"
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -71,15 +40,6 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_u
     paid_at: datetime
 
 
-class PayLink(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """What a pay link says, signed: whoever holds it can pay exactly this, until then."""
-
-    payment_id: RowId
-    amount_minor: MinorUnits
-    currency: Currency
-    pay_by_us: int
-
-
 class SignedNotice(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """A notice ready to be posted."""
 
@@ -87,17 +47,18 @@ class SignedNotice(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     signature: str
 
 
-class Sandbox:
-    """The provider protocol, and the provider's side of the counter (`pay`)."""
+class Signing:
+    """What both sides of the sandbox know: the secret, and so the signatures of links, notices and questions."""
 
     name = NAME
+    notice_answer = b"success"
 
-    def __init__(self, group: GroupCommit, clock: Clock, secret: str, merchant_id: str, tolerance_ms: int) -> None:
-        self._group = group
+    def __init__(self, clock: Clock, secret: str, merchant_id: str, tolerance_ms: int, page: str) -> None:
+        self.merchant_id = merchant_id
         self._clock = clock
         self._secret = secret.encode()
-        self._merchant_id = merchant_id
         self._tolerance_us = tolerance_ms * US_PER_MS
+        self._page = page  # where the pay page stands; a link is it and a token
 
     def pay_url(self, payment: PaymentOrder) -> str:
         link = PayLink(
@@ -107,17 +68,53 @@ class Sandbox:
             pay_by_us=payment.pay_by_us,
         )
         body = base64.urlsafe_b64encode(msgspec.json.encode(link)).rstrip(b"=")
-        return f"/sandbox/pay/{body.decode()}.{self._mac(b'link.' + body)}"
+        return f"{self._page}/{body.decode()}.{self._mac(b'link.' + body)}"
 
-    def verify_notice(self, headers: Mapping[str, str], raw: bytes) -> Capture:
-        match = _SIGNATURE.fullmatch(headers.get(SIGNATURE_HEADER, ""))
+    def read_link(self, token: str) -> PayLink:
+        """What a pay link says; raises `InvalidInput` for a forged one."""
+        body, _, signature = token.partition(".")
+        if not token.isascii() or not hmac.compare_digest(signature, self._mac(b"link." + body.encode())):
+            raise InvalidInput("this pay link is forged or cut off")
+        try:
+            return msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=PayLink)
+        except (msgspec.DecodeError, ValueError):  # signed by us, but not by this version
+            raise InvalidInput("this pay link makes no sense here; take the one of the order as it is now") from None
+
+    def signature(self, content: bytes) -> str:
+        """The signature of some content as of now."""
+        sent = str(self._clock.now_us() // US_PER_S)
+        return f"t={sent},v1={self._mac(sent.encode() + b'.' + content)}"
+
+    def verify(self, signature: str, content: bytes) -> None:
+        """Raises `ForgedNotice` for a signature that is malformed, wrong or too old."""
+        match = _SIGNATURE.fullmatch(signature)
         if match is None:
             raise ForgedNotice("the header Sandbox-Signature must read t=<unix seconds>,v1=<64 hex digits>")
-        sent, signature = match.groups()
-        if not hmac.compare_digest(signature, self._mac(sent.encode() + b"." + raw)):
+        sent, mac = match.groups()
+        if not hmac.compare_digest(mac, self._mac(sent.encode() + b"." + content)):
             raise ForgedNotice("the signature does not fit the body")
         if abs(self._clock.now_us() - int(sent) * US_PER_S) > self._tolerance_us:
             raise ForgedNotice("the notice is too old or from the future; it may be a replay")
+
+    def sign(self, notice: Notice) -> SignedNotice:
+        """Sign a notice as of now."""
+        body = msgspec.json.encode(notice)
+        return SignedNotice(body=body.decode(), signature=self.signature(body))
+
+    def notice_of(self, trade: Trade) -> Notice:
+        """What a notice says of a paid trade; the same trade has the same event id."""
+        return Notice(
+            event_id=f"evt-{trade.trade_no}",
+            merchant_id=self.merchant_id,
+            payment_id=str(trade.payment_id),
+            trade_no=trade.trade_no,
+            amount_minor=trade.amount_minor,
+            currency=trade.currency,
+            paid_at=datetime.fromisoformat(rfc3339(trade.changed_us)),
+        )
+
+    def verify_notice(self, headers: Mapping[str, str], raw: bytes) -> Capture | None:
+        self.verify(headers.get(SIGNATURE_HEADER, ""), raw)
         try:
             notice = msgspec.json.decode(raw, type=Notice)
             return Capture(
@@ -134,88 +131,17 @@ class Sandbox:
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise ForgedNotice(f"the notice is malformed: {error}") from None
 
-    async def close(self, payment: PaymentOrder) -> TradeAnswer:
-        try:
-            return await self._group.submit(self._close, payment)
-        except HoldfastError as error:
-            if not error.retryable:
-                raise
-            return TradeAnswer(end=TradeEnd.UNKNOWN)
-
-    async def refund(self, payment: PaymentOrder, refund_id: int, amount_minor: int) -> bool:
-        row = {"refund_id": refund_id, "payment_id": payment.id, "amount_minor": amount_minor}
-        try:
-            await self._group.submit(self._refund, row)
-        except HoldfastError as error:
-            if not error.retryable:
-                raise
-            return False
-        return True
-
-    async def pay(self, token: str) -> SignedNotice:
-        """The buyer pays by link: the trade is booked and its notice signed; paying again gives the same trade.
-
-        Raises `InvalidInput` for a forged link and `TradeClosed` when the trade was closed or its time is over.
-        """
-        link = self._read_link(token)
-        trade_no, paid_us = await self._group.submit(self._pay, link)
-        return self.sign(
-            Notice(
-                event_id=f"evt-{trade_no}",
-                merchant_id=self._merchant_id,
-                payment_id=str(link.payment_id),
-                trade_no=trade_no,
-                amount_minor=link.amount_minor,
-                currency=link.currency,
-                paid_at=datetime.fromisoformat(rfc3339(paid_us)),
-            )
-        )
-
-    def sign(self, notice: Notice) -> SignedNotice:
-        """Sign a notice as of now."""
-        body = msgspec.json.encode(notice)
-        sent = str(self._clock.now_us() // US_PER_S)
-        return SignedNotice(body=body.decode(), signature=f"t={sent},v1={self._mac(sent.encode() + b'.' + body)}")
-
-    def _read_link(self, token: str) -> PayLink:
-        body, _, signature = token.partition(".")
-        if not token.isascii() or not hmac.compare_digest(signature, self._mac(b"link." + body.encode())):
-            raise InvalidInput("this pay link is forged or cut off")
-        try:
-            return msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=PayLink)
-        except (msgspec.DecodeError, ValueError):  # signed by us, but not by this version
-            raise InvalidInput("this pay link makes no sense here; take the one of the order as it is now") from None
-
-    def _mac(self, content: bytes) -> str:
-        return hmac.new(self._secret, content, hashlib.sha256).hexdigest()
-
-    async def _pay(self, tx: Tx, links: Sequence[PayLink]) -> list[tuple[str, int] | HoldfastError]:
-        return [await self._pay_one(tx, link) for link in links]
-
-    async def _pay_one(self, tx: Tx, link: PayLink) -> tuple[str, int] | HoldfastError:
-        now_us = self._clock.now_us()
-        if now_us < link.pay_by_us:
-            await self._book(tx, "paid", link.payment_id, link.amount_minor, link.currency)
-        found = await tx.execute(select(trades).where(trades.c.payment_id == link.payment_id))
-        trade = found.first()
-        if trade is None or trade.status != "paid":
-            return TradeClosed("the time to pay is over" if trade is None else "this trade was closed")
-        return str(trade.trade_no), int(trade.changed_us)
-
-    async def _close(self, tx: Tx, payments: Sequence[PaymentOrder]) -> list[TradeAnswer | HoldfastError]:
-        for payment in payments:
-            await self._book(tx, "closed", payment.id, payment.amount_minor, payment.currency)
-        return [await self._answer(tx, payment) for payment in payments]
-
-    async def _answer(self, tx: Tx, payment: PaymentOrder) -> TradeAnswer:
-        trade = (await tx.execute(select(trades).where(trades.c.payment_id == payment.id))).one()
+    def answer_of(self, trade: Trade | None) -> TradeAnswer:
+        """What a trade as the book has it means."""
+        if trade is None:
+            return TradeAnswer(end=TradeEnd.OPEN)
         if trade.status == "closed":
             return TradeAnswer(end=TradeEnd.CLOSED)
         capture = Capture(
             provider=NAME,
             event_id=f"query-{trade.trade_no}",
-            merchant_id=self._merchant_id,
-            payment_id=payment.id,
+            merchant_id=self.merchant_id,
+            payment_id=trade.payment_id,
             trade_no=trade.trade_no,
             amount_minor=trade.amount_minor,
             currency=trade.currency,
@@ -224,23 +150,68 @@ class Sandbox:
         )
         return TradeAnswer(end=TradeEnd.PAID, capture=capture)
 
-    async def _book(self, tx: Tx, status: str, payment_id: int, amount_minor: int, currency: str) -> None:
-        # Whoever comes first decides the trade; the loser reads what it became.
-        row = {
-            "payment_id": payment_id,
-            "status": status,
-            "trade_no": f"sb{payment_id:x}{secrets.token_hex(4)}",
-            "amount_minor": amount_minor,
-            "currency": currency,
-            "changed_us": self._clock.now_us(),
-        }
-        await tx.execute(insert(tx.dialect, trades).values(**row).on_conflict_do_nothing())
+    def _mac(self, content: bytes) -> str:
+        return hmac.new(self._secret, content, hashlib.sha256).hexdigest()
 
-    async def _refund(self, tx: Tx, rows: Sequence[dict[str, int]]) -> list[HoldfastError | None]:
-        now_us = self._clock.now_us()
-        booked = [row | {"changed_us": now_us} for row in rows]
-        await tx.execute(insert(tx.dialect, given_back).on_conflict_do_nothing(), booked)
-        return [None for _ in rows]
+
+class Sandbox(Signing):
+    """The sandbox within the shop: the provider protocol over a book in the shop's database, and its till (`pay`)."""
+
+    def __init__(self, book: SandboxBook, clock: Clock, secret: str, merchant_id: str, tolerance_ms: int) -> None:
+        super().__init__(clock, secret, merchant_id, tolerance_ms, page="/sandbox/pay")
+        self._book = book
+
+    async def query(self, payment: PaymentOrder) -> TradeAnswer:
+        try:
+            return self.answer_of(await self._book.find(payment.id))
+        except HoldfastError as error:
+            return _unknown(error)
+
+    async def close(self, payment: PaymentOrder) -> TradeAnswer:
+        try:
+            return self.answer_of(await self._book.close(asked_of(payment)))
+        except HoldfastError as error:
+            return _unknown(error)
+
+    async def refund(self, payment: PaymentOrder, refund_id: int, amount_minor: int) -> RefundAnswer:
+        try:
+            return await self._book.refund(refund_wish(payment, refund_id, amount_minor))
+        except HoldfastError as error:
+            if not error.retryable:
+                raise
+            return RefundAnswer(end=RefundEnd.UNKNOWN)
+
+    async def statement(self, day: date) -> Sequence[StatementLine]:
+        return await self._book.statement(day)
+
+    async def pay(self, token: str) -> SignedNotice:
+        """The buyer pays by link: the trade is booked and its notice signed; paying again gives the same trade.
+
+        Raises `InvalidInput` for a forged link and `TradeClosed` when the trade was closed or its time is over.
+        """
+        return self.sign(self.notice_of(await self._book.pay(self.read_link(token))))
+
+
+def asked_of(payment: PaymentOrder) -> Asked:
+    """Which trade is meant."""
+    return Asked(payment_id=payment.id, amount_minor=payment.amount_minor, currency=payment.currency)
+
+
+def refund_wish(payment: PaymentOrder, refund_id: int, amount_minor: int) -> RefundWish:
+    """What is to be given back."""
+    return RefundWish(
+        payment_id=payment.id,
+        amount_minor=amount_minor,
+        currency=payment.currency,
+        refund_id=refund_id,
+        trade_no=payment.trade_no or "",
+    )
+
+
+def _unknown(error: HoldfastError) -> TradeAnswer:
+    if not error.retryable:
+        raise error
+    return TradeAnswer(end=TradeEnd.UNKNOWN)
 
 
 def _row_id(text: str) -> int:

@@ -51,6 +51,9 @@ class Stock:
                 "title": sku.title,
                 "price_minor": sku.price_minor,
                 "currency": sku.currency,
+                "order_max": sku.order_max,
+                "buyer_max": sku.buyer_max,
+                "time_out_ms": sku.time_out_ms,
                 "changed_us": self._clock.now_us(),
             }
             statement = insert(tx.dialect, store.skus).values(sku=sku.sku, **values)
@@ -64,6 +67,10 @@ class Stock:
     async def prices(self, tx: Tx, wanted: Collection[str]) -> Mapping[str, Price]:
         """The prices of those SKUs that exist."""
         return await store.read_prices(tx, wanted)
+
+    async def lock(self, tx: Tx, skus: Collection[str]) -> None:
+        """Let no other transaction hold units of these SKUs before this one has ended."""
+        await store.lock_levels(tx, skus)
 
     async def reserve(self, tx: Tx, orders: Sequence[Wanted]) -> list[Shortage | None]:
         """Hold stock for orders in the given order, each all or nothing; None says that it is held.

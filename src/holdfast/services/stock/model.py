@@ -17,7 +17,8 @@ DEDUCTED = 3
 
 
 Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]+\Z")]
-UnitPrice = Annotated[int, Meta(ge=1, le=1_000_000_000_000)]
+UnitPrice = Annotated[int, Meta(ge=0, le=1_000_000_000_000)]
+TimeOut = Annotated[int, Meta(ge=100, le=366 * 86_400_000)]
 
 
 class Sku(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -27,6 +28,9 @@ class Sku(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unkn
     title: Title
     price_minor: UnitPrice
     currency: Currency
+    order_max: Quantity | None = None  # units in one order
+    buyer_max: Quantity | None = None  # units of one buyer, over all his orders that are open or paid
+    time_out_ms: TimeOut | None = None  # time to pay, where it is not the usual one
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):

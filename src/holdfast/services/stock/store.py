@@ -40,6 +40,9 @@ skus = Table(
     Column("title", Text, nullable=False),
     Column("price_minor", BigInteger, nullable=False),
     Column("currency", Text, nullable=False),
+    Column("order_max", BigInteger),
+    Column("buyer_max", BigInteger),
+    Column("time_out_ms", BigInteger),
     Column("changed_us", BigInteger, nullable=False),
     CheckConstraint("price_minor >= 0", name="price"),
 )
@@ -176,7 +179,9 @@ _HELD_ORDERS = Prepared(
     )
 )
 _PRICES = Prepared(
-    lambda dialect: select(skus.c.sku, skus.c.price_minor, skus.c.currency).where(among(dialect, skus.c.sku, "skus"))
+    lambda dialect: select(
+        skus.c.sku, skus.c.price_minor, skus.c.currency, skus.c.order_max, skus.c.buyer_max, skus.c.time_out_ms
+    ).where(among(dialect, skus.c.sku, "skus"))
 )
 
 
@@ -214,7 +219,16 @@ async def held_orders(tx: Tx, before_us: int, after: int, limit: int) -> list[in
 async def read_prices(tx: Tx, wanted: Collection[str]) -> dict[str, Price]:
     """The prices of those SKUs that exist."""
     rows = await _PRICES.rows(tx, skus=sorted(wanted))
-    return {row.sku: Price(amount_minor=row.price_minor, currency=row.currency) for row in rows}
+    return {
+        row.sku: Price(
+            amount_minor=row.price_minor,
+            currency=row.currency,
+            order_max=row.order_max,
+            buyer_max=row.buyer_max,
+            time_out_ms=row.time_out_ms,
+        )
+        for row in rows
+    }
 
 
 async def keep_warehouse(tx: Tx, code: str) -> None:

@@ -11,6 +11,15 @@ depends_on = None
 
 def upgrade() -> None:
     op.create_table(
+        "cart_item",
+        sa.Column("buyer", sa.Text(), nullable=False),
+        sa.Column("sku", sa.Text(), nullable=False),
+        sa.Column("quantity", sa.BigInteger(), nullable=False),
+        sa.Column("changed_us", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint("quantity > 0", name=op.f("ck_cart_item_quantity")),
+        sa.PrimaryKeyConstraint("buyer", "sku", name=op.f("pk_cart_item")),
+    )
+    op.create_table(
         "feed_counter",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("last", sa.BigInteger(), nullable=False),
@@ -54,6 +63,7 @@ def upgrade() -> None:
         sa.Column("from_status", sa.Text(), nullable=True),
         sa.Column("to_status", sa.Text(), nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("note", sa.Text(), nullable=False),
         sa.Column("at_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_order_log")),
         sa.UniqueConstraint("order_id", "to_status", name="uq_order_log_order_id_to_status"),
@@ -67,13 +77,30 @@ def upgrade() -> None:
         sa.Column("currency", sa.Text(), nullable=False),
         sa.Column("payment", sa.Text(), nullable=False),
         sa.Column("pay_by_us", sa.BigInteger(), nullable=False),
+        sa.Column("refunded_minor", sa.BigInteger(), nullable=False),
+        sa.Column("tracking", sa.Text(), nullable=True),
+        sa.Column("complete_by_us", sa.BigInteger(), nullable=True),
         sa.Column("created_us", sa.BigInteger(), nullable=False),
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
         sa.CheckConstraint(
-            "status IN ('pending_payment', 'paid', 'cancelled', 'closed')", name=op.f("ck_order_order_status")
+            "status IN ('pending_payment', 'paid', 'shipped', 'completed', 'cancelled', 'closed', 'refunding', "
+            "'refunded')",
+            name=op.f("ck_order_order_status"),
         ),
         sa.CheckConstraint("amount_minor >= 0", name=op.f("ck_order_order_amount")),
+        sa.CheckConstraint(
+            "0 <= refunded_minor AND refunded_minor <= amount_minor", name=op.f("ck_order_order_refunded")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_order_order")),
+    )
+    op.create_index("ix_order_order_buyer", "order_order", ["buyer", "id"], unique=False)
+    op.create_index(
+        "ix_order_order_arriving",
+        "order_order",
+        ["complete_by_us"],
+        unique=False,
+        sqlite_where=sa.text("status = 'shipped'"),
+        postgresql_where=sa.text("status = 'shipped'"),
     )
     op.create_index(
         "ix_order_order_due",
@@ -99,9 +126,22 @@ def upgrade() -> None:
         sa.Column("event_id", sa.Text(), nullable=False),
         sa.Column("payment_id", sa.BigInteger(), nullable=False),
         sa.Column("verdict", sa.Text(), nullable=False),
+        sa.Column("merchant_id", sa.Text(), nullable=False),
+        sa.Column("trade_no", sa.Text(), nullable=False),
+        sa.Column("amount_minor", sa.BigInteger(), nullable=False),
+        sa.Column("currency", sa.Text(), nullable=False),
+        sa.Column("captured_us", sa.BigInteger(), nullable=False),
         sa.Column("raw", sa.LargeBinary(), nullable=False),
         sa.Column("received_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("provider", "event_id", name=op.f("pk_payment_notice")),
+    )
+    op.create_index(
+        "ix_payment_notice_undecided",
+        "payment_notice",
+        ["provider", "event_id"],
+        unique=False,
+        sqlite_where=sa.text("verdict IN ('received', 'unknown_payment')"),
+        postgresql_where=sa.text("verdict IN ('received', 'unknown_payment')"),
     )
     op.create_table(
         "payment_order",
@@ -136,6 +176,14 @@ def upgrade() -> None:
         sqlite_where=sa.text("status = 3 AND accepted_us IS NULL"),
         postgresql_where=sa.text("status = 3 AND accepted_us IS NULL"),
     )
+    op.create_index(
+        "ix_payment_order_waiting",
+        "payment_order",
+        ["id"],
+        unique=False,
+        sqlite_where=sa.text("status = 1"),
+        postgresql_where=sa.text("status = 1"),
+    )
     op.create_table(
         "payment_refund",
         sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -163,7 +211,9 @@ def upgrade() -> None:
         "sandbox_refund",
         sa.Column("refund_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("payment_id", sa.BigInteger(), nullable=False),
+        sa.Column("trade_no", sa.Text(), nullable=False),
         sa.Column("amount_minor", sa.BigInteger(), nullable=False),
+        sa.Column("currency", sa.Text(), nullable=False),
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("refund_id", name=op.f("pk_sandbox_refund")),
     )
@@ -212,6 +262,9 @@ def upgrade() -> None:
         sa.Column("title", sa.Text(), nullable=False),
         sa.Column("price_minor", sa.BigInteger(), nullable=False),
         sa.Column("currency", sa.Text(), nullable=False),
+        sa.Column("order_max", sa.BigInteger(), nullable=True),
+        sa.Column("buyer_max", sa.BigInteger(), nullable=True),
+        sa.Column("time_out_ms", sa.BigInteger(), nullable=True),
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
         sa.CheckConstraint("price_minor >= 0", name=op.f("ck_stock_sku_price")),
         sa.PrimaryKeyConstraint("sku", name=op.f("pk_stock_sku")),
@@ -347,12 +400,24 @@ def downgrade() -> None:
     )
     op.drop_table("payment_refund")
     op.drop_index(
+        "ix_payment_order_waiting",
+        table_name="payment_order",
+        sqlite_where=sa.text("status = 1"),
+        postgresql_where=sa.text("status = 1"),
+    )
+    op.drop_index(
         "ix_payment_order_unaccepted",
         table_name="payment_order",
         sqlite_where=sa.text("status = 3 AND accepted_us IS NULL"),
         postgresql_where=sa.text("status = 3 AND accepted_us IS NULL"),
     )
     op.drop_table("payment_order")
+    op.drop_index(
+        "ix_payment_notice_undecided",
+        table_name="payment_notice",
+        sqlite_where=sa.text("verdict IN ('received', 'unknown_payment')"),
+        postgresql_where=sa.text("verdict IN ('received', 'unknown_payment')"),
+    )
     op.drop_table("payment_notice")
     op.drop_table("order_reply")
     op.drop_index(
@@ -361,6 +426,13 @@ def downgrade() -> None:
         sqlite_where=sa.text("status = 'pending_payment'"),
         postgresql_where=sa.text("status = 'pending_payment'"),
     )
+    op.drop_index(
+        "ix_order_order_arriving",
+        table_name="order_order",
+        sqlite_where=sa.text("status = 'shipped'"),
+        postgresql_where=sa.text("status = 'shipped'"),
+    )
+    op.drop_index("ix_order_order_buyer", table_name="order_order")
     op.drop_table("order_order")
     op.drop_table("order_log")
     op.drop_table("order_line")
@@ -372,3 +444,4 @@ def downgrade() -> None:
     )
     op.drop_table("feed_event")
     op.drop_table("feed_counter")
+    op.drop_table("cart_item")

@@ -1,0 +1,1 @@
+"""Carts: what buyers have put together before they order."""
