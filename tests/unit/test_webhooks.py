@@ -32,6 +32,7 @@ from holdfast.services.webhooks.model import (
 )
 from holdfast.services.webhooks.wire import HttpWire, PinnedBackend
 from holdfast.webhooks import ForgedWebhook, new_secret, sign, verify
+from tests.conftest import eventually
 from tests.receiver import receiving
 
 BODY = '{"type":"order.paid","timestamp":"2026-01-31T08:30:00Z","data":{"note":"naïve ✓"}}'.encode()
@@ -394,6 +395,11 @@ async def test_a_name_without_an_answer_keeps_one_thread_busy_and_nobody_else_wa
     resolver = SafeResolver(allow_private=False)
     try:
         waiting = [asyncio.create_task(resolver.addresses("hangs.example", 443)) for _ in range(100)]
+
+        async def hanging() -> bool:
+            return asked == ["hangs.example"]
+
+        await eventually(hanging, "the name is asked for")
         assert await resolver.addresses("quick.example", 443) == [PUBLIC]
         assert sorted(asked) == ["hangs.example", "quick.example"]
         go_on.set()

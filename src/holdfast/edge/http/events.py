@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 from litestar import Request, Router, get
-from litestar.di import NamedDependency, Provide
+from litestar.di import NamedDependency
 
 from holdfast.bootstrap import System
-from holdfast.edge.http.auth import Caller, caller
+from holdfast.edge.http.auth import Caller
 from holdfast.errors import InvalidInput
 from holdfast.services.feed.model import EventPage
 
@@ -60,6 +60,5 @@ def router() -> Router:
     return Router(
         path="/v1",
         route_handlers=[read],
-        dependencies={"caller": Provide(caller, sync_to_thread=False)},
         tags=["events"],
     )
