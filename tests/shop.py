@@ -170,7 +170,9 @@ async def count(system: System, query: str, **values: int | str) -> int:
 
 
 async def lose(system: System, type_id: str) -> int:
-    """Lose all waiting messages of a type; answers how many."""
+    """Lose all waiting messages of a type; answers how many, those for the event feed aside."""
+    lost = "DELETE FROM hf_message WHERE type = :type_id AND queue = 'feed.events.queue'"
+    await change(system, lost, type_id=type_id)
     return await change(system, "DELETE FROM hf_message WHERE type = :type_id", type_id=type_id)
 
 

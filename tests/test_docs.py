@@ -17,7 +17,7 @@ import typer
 import holdfast
 from holdfast.audit import CHECKS
 from holdfast.edge.cli import app
-from holdfast.edge.http import health, orders, payments, reconciliations, refunds, stock
+from holdfast.edge.http import events, health, orders, payments, reconciliations, refunds, stock, webhooks
 from holdfast.edge.http.problems import STATUS
 from holdfast.errors import HoldfastError
 from holdfast.settings import Secret, Settings
@@ -110,16 +110,23 @@ def test_every_route_stands_on_its_page() -> None:
         payments.router(),
         refunds.router(),
         reconciliations.router(),
+        events.router(),
+        webhooks.router(),
         health.router(),
     ):
         for route in router.routes:
             paths.add(re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path))
-    renamed = {
-        re.sub(r"{(order_id|payment_id|biz_order_no|refund_id|difference_id)}", "{id}", path).replace(
-            "{token}", "{link}"
-        )
-        for path in paths
+    shorter = {
+        "{order_id}": "{id}",
+        "{payment_id}": "{id}",
+        "{biz_order_no}": "{id}",
+        "{refund_id}": "{id}",
+        "{difference_id}": "{id}",
+        "{token}": "{link}",
+        "{webhook_id}": "{id}",
+        "{delivery_id}": "{delivery}",
     }
+    renamed = {re.sub(r"\{\w+\}", lambda found: shorter.get(found[0], found[0]), path) for path in paths}
     assert [path for path in sorted(renamed) if path not in text] == []
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib import import_module
 from typing import Any, cast
 
@@ -36,6 +37,9 @@ from holdfast.services.carts.actions import Carts
 from holdfast.services.carts.service import CartService
 from holdfast.services.contracts.events import TYPES
 from holdfast.services.contracts.topology import topology
+from holdfast.services.feed import listeners as feed_listeners
+from holdfast.services.feed.actions import Feed
+from holdfast.services.feed.service import FeedService
 from holdfast.services.orders import listeners as order_listeners
 from holdfast.services.orders.fulfilment import Fulfilment
 from holdfast.services.orders.moves import Moves
@@ -57,6 +61,11 @@ from holdfast.services.stock.actions import Stock
 from holdfast.services.stock.service import ShelfService, StockService
 from holdfast.services.stock.shelves import Shelves
 from holdfast.services.sweeper import Sweeper
+from holdfast.services.webhooks import listeners as webhook_listeners
+from holdfast.services.webhooks.actions import Webhooks
+from holdfast.services.webhooks.addresses import SafeResolver
+from holdfast.services.webhooks.lanes import Lanes
+from holdfast.services.webhooks.service import WebhookDesk, WebhookService
 from holdfast.settings import DatabaseSettings, MessagingSettings, PaymentsSettings, Settings
 
 ALIPAY = "alipay"
@@ -79,6 +88,8 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     refunds: RefundService
     reconciliation: ReconciliationService
     providers: Mapping[str, Provider]
+    events: FeedService
+    webhooks: WebhookService
     listens: tuple[Listen, ...]
     sweepers: list[Sweeper]
 
@@ -142,6 +153,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
         """Stop sweepers and listeners: running handlers finish, the rest goes back to the queues."""
         await asyncio.gather(*(sweeper.stop() for sweeper in self.sweepers))
         await self.messaging.stop_listeners()
+        await self.webhooks.stop(self.messaging.drain_s)
 
 
 @asynccontextmanager
@@ -156,18 +168,9 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         database = await connect(settings.database, create=False)
         stack.push_async_callback(database.close)
         await require_current(database, HISTORIES)
-        bus = await stack.enter_async_context(
-            open_messaging(
-                database,
-                TYPES,
-                topology(settings.stock.guard_ms),
-                clock=clock,
-                settings=settings.messaging,
-                database_settings=settings.database,
-            )
-        )
+        bus = await stack.enter_async_context(_bus(database, settings, clock))
         group, ids, outbox = bus.group, bus.ids, bus.outbox
-        stock_group = await stack.enter_async_context(_stock_writer(database, group, clock, settings.database))
+        stock_group = await stack.enter_async_context(_own_writer("stock", database, group, clock, settings.database))
         providers = await _providers(settings, database, group, clock, stack)
         payments = Payments(clock, ids, outbox, providers, settings.payments.provider)
         refunds = Refunds(clock, ids, outbox)
@@ -176,28 +179,22 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         carts, moves = Carts(clock), Moves(clock, ids)
         transitions = Transitions(clock, moves, outbox, payments, settings.orders.extend_ms_max)
         payment_service = PaymentService(database, group, payments, providers, transitions, clock)
-        place = PlaceOrders(
-            clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments, carts=carts
-        )
+        rules = settings.orders
+        place = PlaceOrders(clock, ids, outbox, rules, catalogue=stock, stock=stock, payments=payments, carts=carts)
+        fulfilment = Fulfilment(clock, outbox, moves, rules.complete_ms)
         orders = OrderService(
-            database,
-            stock_group,
-            group,
-            place,
-            transitions,
-            Fulfilment(clock, outbox, moves, settings.orders.complete_ms),
-            payment_service,
-            clock,
-            settings.orders,
+            database, stock_group, group, place, transitions, fulfilment, payment_service, clock, rules
         )
         stock_service = StockService(database, stock_group, Shelves(clock, ids), stock, orders, clock, settings.stock)
         repairs = Repairs(orders, stock_service, payment_service, refund_service, bus.error_store)
         reconciliation = ReconciliationService(database, group, clock, ids, settings.reconciliation, repairs, providers)
+        told = await stack.enter_async_context(_telling(database, bus, orders, settings))
         listens = (
             *order_listeners.listeners(orders),
             *cart_listeners.listeners(carts),
             *stock_listeners.listeners(stock_service, stock, stock_group),
             *payment_listeners.listeners(refunds, refund_service),
+            *told.listens,
         )
         system = System(
             settings=settings,
@@ -211,8 +208,13 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
             refunds=refund_service,
             reconciliation=reconciliation,
             providers=providers,
+            events=told.events,
+            webhooks=told.webhooks,
             listens=tuple(_tuned(listen, settings.messaging) for listen in listens),
-            sweepers=_sweepers(orders, stock_service, payment_service, refund_service, reconciliation, settings, clock),
+            sweepers=[
+                *_sweepers(orders, stock_service, payment_service, refund_service, reconciliation, settings, clock),
+                *told.sweepers,
+            ],
         )
         stack.push_async_callback(system.stop_work)
         yield system
@@ -240,22 +242,93 @@ async def migrate_all(settings: Settings) -> dict[str, tuple[str | None, str | N
 
 
 @asynccontextmanager
-async def _stock_writer(
-    database: Database, group: GroupCommit, clock: Clock, settings: DatabaseSettings
+async def _own_writer(
+    name: str, database: Database, group: GroupCommit, clock: Clock, settings: DatabaseSettings
 ) -> AsyncIterator[GroupCommit]:
-    """Where the database takes two writers: one for all that locks stock rows, so neither waits for the other's locks.
+    """Where the database takes several writers: one for all that locks stock rows or the feed's counter, so that
+    nothing else waits for these locks.
 
     While PostgreSQL works for the one, this process works for the other.
     """
     if database.dialect == "sqlite":
         yield group
         return
-    writer = GroupCommit(database, clock, name="stock", batch_max=settings.batch_max, queue_max=settings.queue_max)
+    writer = GroupCommit(database, clock, name=name, batch_max=settings.batch_max, queue_max=settings.queue_max)
     writer.start()
     try:
         yield writer
     finally:
         await writer.close()
+
+
+def _bus(database: Database, settings: Settings, clock: Clock) -> AbstractAsyncContextManager[Messaging]:
+    return open_messaging(
+        database,
+        TYPES,
+        topology(settings.stock.guard_ms),
+        clock=clock,
+        settings=settings.messaging,
+        database_settings=settings.database,
+    )
+
+
+class Telling(msgspec.Struct, frozen=True, kw_only=True):
+    """What tells the outside: the event feed, and the webhooks that follow it."""
+
+    events: FeedService
+    webhooks: WebhookService
+    listens: list[Listen]
+    sweepers: list[Sweeper]
+
+
+@asynccontextmanager
+async def _telling(
+    database: Database, bus: Messaging, orders: OrderService, settings: Settings
+) -> AsyncIterator[Telling]:
+    """The feed with its own writer, and webhooks with their wire.
+
+    The wire's library belongs to the `server` extra, which commands need not have.
+    """
+    clock, chosen = bus.clock, settings.webhooks
+    hooks = Webhooks(clock, bus.ids, bus.outbox, chosen, random.Random())  # noqa: S311  # jitter
+    resolver = SafeResolver(allow_private=chosen.allow_private)
+    wire = import_module("holdfast.services.webhooks.wire").HttpWire(resolver, clock, chosen.timeout_ms)
+    lanes = Lanes(bus.group, hooks, wire, clock, chosen)
+    keep_days, old_ms = settings.events.keep_days, settings.events.sweep_ms
+    webhooks = WebhookService(database, bus.group, hooks, resolver, lanes, clock, chosen, keep_days)
+    feed = Feed(clock, orders, hooks)
+    try:
+        async with _own_writer("feed", database, bus.group, clock, settings.database) as feed_group:
+            events = FeedService(database, feed_group, feed, clock, keep_days)
+            yield Telling(
+                events=events,
+                webhooks=webhooks,
+                listens=[*feed_listeners.listeners(feed, feed_group), *webhook_listeners.listeners(webhooks)],
+                sweepers=[
+                    Sweeper("webhooks", chosen.sweep_ms, lambda: webhooks.sweep(chosen.sweep_ms), clock),
+                    Sweeper("events", old_ms, events.sweep, clock),
+                    Sweeper("deliveries", old_ms, webhooks.clear, clock),
+                ],
+            )
+    finally:
+        await wire.close()
+        resolver.close()
+
+
+@asynccontextmanager
+async def webhook_desk(settings: Settings) -> AsyncIterator[WebhookDesk]:
+    """What changes webhooks and sends nothing; raises what `running` raises of the database."""
+    clock = SystemClock()
+    resolver = SafeResolver(allow_private=settings.webhooks.allow_private)
+    database = await connect(settings.database, create=False)
+    try:
+        await require_current(database, HISTORIES)
+        async with _bus(database, settings, clock) as bus:
+            hooks = Webhooks(clock, bus.ids, bus.outbox, settings.webhooks, random.Random())  # noqa: S311  # jitter
+            yield WebhookDesk(database, bus.group, hooks, resolver, clock, settings.webhooks)
+    finally:
+        resolver.close()
+        await database.close()
 
 
 async def _providers(

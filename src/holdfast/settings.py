@@ -144,6 +144,26 @@ class ReconciliationSettings(Section, frozen=True, kw_only=True):
     repair: Literal["ask", "auto"] = "ask"  # auto runs those repairs that are safe without being asked
 
 
+class EventsSettings(Section, frozen=True, kw_only=True):
+    """`[events]`: the event feed."""
+
+    keep_days: Annotated[int, Meta(ge=1, le=3_660)] = 30  # then events and what became of their deliveries are removed
+    sweep_ms: Annotated[int, Meta(ge=50, le=86_400_000)] = 600_000  # looking for what is too old
+
+
+class WebhooksSettings(Section, frozen=True, kw_only=True):
+    """`[webhooks]`: events posted to other programs."""
+
+    allow_http: bool = False  # URLs without TLS
+    allow_private: bool = False  # addresses that are not public; for intranets
+    timeout_ms: Annotated[int, Meta(ge=100, le=60_000)] = 15_000  # for the whole of one attempt
+    at_once: Annotated[int, Meta(ge=1, le=64)] = 4  # attempts at the same time to one endpoint, in each process
+    endpoints_max: Annotated[int, Meta(ge=1, le=1_000)] = 100  # more are refused
+    overlap_ms: Milliseconds = 86_400_000  # how long the former secret signs too after a rotation
+    flag_after_ms: Milliseconds = 432_000_000  # an endpoint that took nothing for so long is flagged
+    sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # the guard behind wake-ups
+
+
 class HttpSettings(Section, frozen=True, kw_only=True):
     """`[http]`: the edge."""
 
@@ -172,6 +192,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stock: StockSettings = StockSettings()
     payments: PaymentsSettings = PaymentsSettings()
     reconciliation: ReconciliationSettings = ReconciliationSettings()
+    events: EventsSettings = EventsSettings()
+    webhooks: WebhooksSettings = WebhooksSettings()
     http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()
 

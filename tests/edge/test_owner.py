@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, NamedTuple
 
@@ -173,6 +174,21 @@ MATRIX = [
     Row("POST", "/v1/reconciliations/{difference_id}/repair", 401, 403, 403, 404, deed("/v1/reconciliations/7/repair")),
     Row(
         "POST", "/v1/reconciliations/{difference_id}/dismiss", 401, 403, 403, 404, deed("/v1/reconciliations/7/dismiss")
+    ),
+    Row("GET", "/v1/events", 401, 200, 200, 200, plain("GET", "/v1/events")),
+    *(
+        Row(method, path, 401, 403, 403, 403, plain(method, re.sub(r"\{\w+\}", "7", path)))
+        for method, path in (
+            ("GET", "/v1/webhooks"),
+            ("POST", "/v1/webhooks"),
+            ("GET", "/v1/webhooks/{webhook_id}"),
+            ("PATCH", "/v1/webhooks/{webhook_id}"),
+            ("DELETE", "/v1/webhooks/{webhook_id}"),
+            ("POST", "/v1/webhooks/{webhook_id}/rotate"),
+            ("POST", "/v1/webhooks/{webhook_id}/replay"),
+            ("GET", "/v1/webhooks/{webhook_id}/deliveries"),
+            ("GET", "/v1/webhooks/{webhook_id}/deliveries/{delivery_id}"),
+        )
     ),
     # Who holds the link may pay, and a notice is believed for its signature: neither asks for a token.
     Row("POST", "/sandbox/pay/{token}", 200, 200, 200, 200, pay),

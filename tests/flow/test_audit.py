@@ -31,6 +31,7 @@ from tests.shop import (
     in_time,
     level,
     level_becomes,
+    lose,
     order,
     pay,
     placed_view,
@@ -511,6 +512,7 @@ async def test_what_is_late_by_less_than_the_slack_is_no_finding(start_system: S
     system = await start_system(work=False, clock=clock)
     await stock_up(system, "SKU-1", 1)
     await order(system)
+    await lose(system, "order.created")  # it waits for the event feed and would be late by all of this time
     clock.advance(65)
 
     assert (await audit(system.database, clock, 5_000)).clean

@@ -18,7 +18,7 @@ from holdfast.bootstrap import HISTORIES, migrate_all
 from holdfast.clock import SystemClock
 from holdfast.db.connect import connect
 from holdfast.db.migrate import require_current
-from holdfast.edge import errors_cli, queues_cli, reconcile_cli, refunds_cli, stock_cli
+from holdfast.edge import errors_cli, queues_cli, reconcile_cli, refunds_cli, stock_cli, webhooks_cli
 from holdfast.edge.report import show
 from holdfast.errors import HoldfastError, InvalidInput
 from holdfast.settings import Secret, Settings, load
@@ -38,6 +38,7 @@ app.add_typer(queues_cli.app)
 app.add_typer(stock_cli.app)
 app.add_typer(reconcile_cli.app)
 app.add_typer(refunds_cli.app)
+app.add_typer(webhooks_cli.app)
 
 
 def main() -> None:

@@ -10,7 +10,17 @@ from litestar.openapi import OpenAPIConfig
 from litestar.types import ASGIApp
 
 from holdfast.bootstrap import System
-from holdfast.edge.http import carts, health, orders, payments, reconciliations, refunds, stock
+from holdfast.edge.http import (
+    carts,
+    events,
+    health,
+    orders,
+    payments,
+    reconciliations,
+    refunds,
+    stock,
+    webhooks,
+)
 from holdfast.edge.http.auth import Tokens, caller
 from holdfast.edge.http.hot import HotRoutes
 from holdfast.edge.http.problems import from_error, from_framework, page_not_found
@@ -33,6 +43,8 @@ def build_app(system: System) -> ASGIApp:
             payments.router(),
             refunds.router(),
             reconciliations.router(),
+            events.router(),
+            webhooks.router(),
             health.router(),
         ],
         dependencies={

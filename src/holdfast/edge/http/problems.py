@@ -20,11 +20,13 @@ from holdfast.errors import (
 )
 from holdfast.reconciliation.model import DifferenceNotFound
 from holdfast.services.contracts.refusals import KeyReused
+from holdfast.services.feed.model import EventsExpired
 from holdfast.services.orders.model import CartEmpty, MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
 from holdfast.services.payments.model import PaymentNotFound, RefundNotFound
 from holdfast.services.payments.service import UnknownProvider
 from holdfast.services.stock.model import LevelChanged, UnknownLevel, UnknownSku
+from holdfast.services.webhooks.model import WebhookNotFound
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = "1"
@@ -80,6 +82,8 @@ STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (PaymentNotFound, 404),
     (RefundNotFound, 404),
     (DifferenceNotFound, 404),
+    (WebhookNotFound, 404),
+    (EventsExpired, 410),
     (KeyReused, 422),
     (UnknownSkuOnLine, 422),
     (MixedCurrencies, 422),
@@ -100,6 +104,7 @@ _TITLES = {
     405: "Method not allowed",
     408: "Too slow",
     409: "Not possible",
+    410: "Gone",
     412: "Changed meanwhile",
     413: "Too large",
     415: "Wrong content type",

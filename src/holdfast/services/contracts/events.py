@@ -135,6 +135,12 @@ class RefundSucceeded(Event, frozen=True, kw_only=True):
     key_reason: str
 
 
+class WebhookDue(Event, frozen=True, kw_only=True):
+    """Something is to be sent to an endpoint; the wake-up. The due column of its deliveries decides."""
+
+    endpoint_id: int
+
+
 TYPES: dict[str, type[msgspec.Struct]] = {
     "order.created": OrderCreated,
     "order.due": OrderDue,
@@ -151,5 +157,6 @@ TYPES: dict[str, type[msgspec.Struct]] = {
     "refund.due": RefundDue,
     "refund.opened": RefundOpened,
     "refund.succeeded": RefundSucceeded,
+    "webhook.due": WebhookDue,
 }
 """Type id on the wire -> struct; nothing else is ever built from a message."""

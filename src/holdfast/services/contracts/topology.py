@@ -8,6 +8,7 @@ ORDER_EVENTS = "order-event-exchange"
 STOCK_EVENTS = "stock-event-exchange"
 PAY = "pay.direct"
 TRADE = "trade.topic"
+WEBHOOKS = "webhook.direct"
 
 KEY_ORDER_CREATE = "order.create.order"
 KEY_ORDER_DUE = "order.release.order"
@@ -24,6 +25,7 @@ KEY_PAY_SUCCESS = "pay.success"
 KEY_PAY_REFUND = "pay.refund"
 KEY_REFUND_OPENED = "pay.refund.opened"
 KEY_REFUNDED = "pay.refunded"
+KEY_WEBHOOK_DUE = "webhook.due"
 
 USER_HEADER = "user-info"  # whose cart it is, on what carts are told
 
@@ -34,7 +36,10 @@ STOCK_RELEASE_QUEUE = "stock.release.stock.queue"
 STOCK_DELAY_QUEUE = "stock.delay.queue"
 STOCK_DEDUCT_QUEUE = "stock.deduct.stock.queue"
 PAY_SUCCESS_QUEUE = "trade.pay.success.queue"
+ORDER_REFUND_QUEUE = "trade.refund.queue"
 PAY_REFUND_QUEUE = "pay.refund.queue"
+FEED_QUEUE = "feed.events.queue"
+WEBHOOK_QUEUE = "webhook.send.queue"
 
 TOPOLOGY = Topology(
     exchanges=(
@@ -42,6 +47,7 @@ TOPOLOGY = Topology(
         Exchange(name=STOCK_EVENTS, kind="topic"),
         Exchange(name=PAY, kind="direct"),
         Exchange(name=TRADE, kind="topic"),
+        Exchange(name=WEBHOOKS, kind="direct"),
     ),
     queues=(
         Queue(name=ORDER_DUE_QUEUE),
@@ -51,6 +57,9 @@ TOPOLOGY = Topology(
         Queue(name=STOCK_DEDUCT_QUEUE),
         Queue(name=PAY_SUCCESS_QUEUE),
         Queue(name=PAY_REFUND_QUEUE),
+        Queue(name=ORDER_REFUND_QUEUE),
+        Queue(name=FEED_QUEUE),
+        Queue(name=WEBHOOK_QUEUE),
     ),
     bindings=(
         Binding(exchange=ORDER_EVENTS, queue=ORDER_DUE_QUEUE, routing_key=KEY_ORDER_DUE),
@@ -60,6 +69,17 @@ TOPOLOGY = Topology(
         Binding(exchange=ORDER_EVENTS, queue=STOCK_DEDUCT_QUEUE, routing_key=KEY_ORDER_PAID),
         Binding(exchange=PAY, queue=PAY_SUCCESS_QUEUE, routing_key=KEY_PAY_SUCCESS),
         Binding(exchange=PAY, queue=PAY_REFUND_QUEUE, routing_key=KEY_PAY_REFUND),
+        Binding(exchange=PAY, queue=ORDER_REFUND_QUEUE, routing_key=KEY_REFUND_OPENED),
+        Binding(exchange=PAY, queue=ORDER_REFUND_QUEUE, routing_key=KEY_REFUNDED),
+        # The facts of contracts/feed.py, key by key: `order.#` would bring the time-outs too.
+        Binding(exchange=ORDER_EVENTS, queue=FEED_QUEUE, routing_key=KEY_ORDER_CREATE),
+        Binding(exchange=ORDER_EVENTS, queue=FEED_QUEUE, routing_key=KEY_ORDER_PAID),
+        Binding(exchange=ORDER_EVENTS, queue=FEED_QUEUE, routing_key=KEY_ORDER_SHIPPED),
+        Binding(exchange=ORDER_EVENTS, queue=FEED_QUEUE, routing_key=KEY_ORDER_COMPLETED),
+        Binding(exchange=ORDER_EVENTS, queue=FEED_QUEUE, routing_key=KEY_ORDER_REFUNDED),
+        Binding(exchange=ORDER_EVENTS, queue=FEED_QUEUE, routing_key=KEY_ORDER_CLOSED),
+        Binding(exchange=PAY, queue=FEED_QUEUE, routing_key=KEY_PAY_SUCCESS),
+        Binding(exchange=WEBHOOKS, queue=WEBHOOK_QUEUE, routing_key=KEY_WEBHOOK_DUE),
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from holdfast.clock import US_PER_MS, Clock
 from holdfast.db.database import Tx
@@ -10,7 +11,15 @@ from holdfast.errors import HoldfastError
 from holdfast.messaging.draft import Draft
 from holdfast.messaging.outbox import Outbox
 from holdfast.services.contracts import topology
-from holdfast.services.contracts.events import Event, OrderArriving, OrderCompleted, OrderShipped
+from holdfast.services.contracts.events import (
+    Event,
+    OrderArriving,
+    OrderCompleted,
+    OrderRefunded,
+    OrderShipped,
+    RefundOpened,
+    RefundSucceeded,
+)
 from holdfast.services.orders import store
 from holdfast.services.orders.model import (
     CompleteRequest,
@@ -23,6 +32,7 @@ from holdfast.services.orders.model import (
 )
 from holdfast.services.orders.moves import Moves
 
+REFUND = "refund"
 ITSELF = "delivery time"  # the actor of a completion that nobody said
 
 
@@ -122,6 +132,38 @@ class Fulfilment:
         due = {order.id for order in found.values() if order.status == OrderStatus.SHIPPED} - early
         await self._complete(tx, dict.fromkeys(due, ITSELF), {each: tx.trace_of(each) for each in order_ids})
         return [order_id not in early for order_id in order_ids]
+
+    async def refunding(self, tx: Tx, events: Sequence[RefundOpened]) -> None:
+        """Mark orders whose whole money is on its way back; what comes again or too late changes nothing."""
+        full = {event.order_id for event in events if event.full}
+        await self._to_refunding(tx, await store.lock_orders(tx, full) if full else {})
+
+    async def refunded(self, tx: Tx, events: Sequence[RefundSucceeded]) -> None:
+        """Note what was given back of orders' money; those that got all of it back have ended.
+
+        The sums in the events only grow, so it does not matter in which order they come, or how often.
+        """
+        given = {event.order_id: 0 for event in events}
+        for event in events:
+            given[event.order_id] = max(given[event.order_id], event.refunded_minor)
+        orders = await store.lock_orders(tx, set(given))
+        await store.mark_refunded(tx, {order_id: given[order_id] for order_id in orders}, self._clock.now_us())
+        whole = {event.order_id for event in events if event.refunded_minor >= event.captured_minor}
+        ended = {order_id: order for order_id, order in orders.items() if order_id in whole}
+        await self._to_refunding(tx, ended)
+        moved = await self._moves.move(tx, ended, OrderStatus.REFUNDING, OrderStatus.REFUNDED, REFUND)
+        traces = {event.order_id: tx.trace_of(event) for event in events}
+        facts = [
+            _fact(topology.KEY_ORDER_REFUNDED, OrderRefunded(order_id=order_id), traces[order_id]) for order_id in moved
+        ]
+        await self._outbox.add_all(tx, facts)
+
+    async def _to_refunding(self, tx: Tx, orders: Mapping[int, Any]) -> None:
+        moved: list[int] = []
+        for came in (OrderStatus.PAID, OrderStatus.SHIPPED, OrderStatus.COMPLETED):
+            chosen = {order_id for order_id, order in orders.items() if order.status == came}
+            moved += await self._moves.move(tx, chosen, came, OrderStatus.REFUNDING, REFUND)
+        await self._outbox.cancel(tx, *map(arriving_key, moved))
 
     async def _complete(self, tx: Tx, actors: Mapping[int, str], traces: Mapping[int, Mapping[str, str]]) -> None:
         moved = await self._moves.move(tx, actors, OrderStatus.SHIPPED, OrderStatus.COMPLETED, actors)

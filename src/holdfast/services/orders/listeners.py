@@ -9,7 +9,7 @@ from holdfast.messaging.injection import Incoming
 from holdfast.messaging.listen import Listen
 from holdfast.messaging.retry import Retry
 from holdfast.services.contracts import topology
-from holdfast.services.contracts.events import OrderArriving, OrderDue, PaymentSucceeded
+from holdfast.services.contracts.events import OrderArriving, OrderDue, PaymentSucceeded, RefundOpened, RefundSucceeded
 from holdfast.services.orders.service import Expiry, OrderService
 
 ASK_AGAIN_MS = 5_000
@@ -33,8 +33,19 @@ def listeners(service: OrderService) -> list[Listen]:
     async def on_money(tx: Tx, events: Sequence[PaymentSucceeded]) -> None:
         await service.transitions.pay(tx, events)
 
+    async def on_refund_opened(tx: Tx, events: Sequence[RefundOpened]) -> None:
+        await service.fulfilment.refunding(tx, events)
+
+    async def on_refunded(tx: Tx, events: Sequence[RefundSucceeded]) -> None:
+        await service.fulfilment.refunded(tx, events)
+
     return [
         Listen(name="orders.due", queue=topology.ORDER_DUE_QUEUE, plain={OrderDue: on_due}),
         Listen(name="orders.arriving", queue=topology.ORDER_ARRIVING_QUEUE, plain={OrderArriving: on_arriving}),
+        Listen(
+            name="orders.refunds",
+            queue=topology.ORDER_REFUND_QUEUE,
+            effects={RefundOpened: on_refund_opened, RefundSucceeded: on_refunded},
+        ),
         Listen(name="orders.pay", queue=topology.PAY_SUCCESS_QUEUE, effects={PaymentSucceeded: on_money}),
     ]

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from holdfast import observe
 from holdfast.clock import US_PER_MS, Clock
-from holdfast.db.database import Database
+from holdfast.db.database import Database, Tx
 from holdfast.db.group_commit import GroupCommit
 from holdfast.errors import Unavailable
 from holdfast.services.contracts.values import Fate, TradeEnd
@@ -75,7 +75,7 @@ class OrderService:
         self._group = group
         self._place = place
         self.transitions = transitions
-        self._fulfilment = fulfilment
+        self.fulfilment = fulfilment
         self._cashier = cashier
         self._clock = clock
         self._settings = settings
@@ -113,15 +113,15 @@ class OrderService:
 
     async def ship(self, request: ShipRequest) -> OrderView:
         """Note that a paid order has left the house; raises `OrderNotFound` or `NotShippable`."""
-        return await self._group.submit(self._fulfilment.ship, request)
+        return await self._group.submit(self.fulfilment.ship, request)
 
     async def complete(self, request: CompleteRequest) -> OrderView:
         """Note that a shipped order has arrived; raises `OrderNotFound` or `NotCompletable`."""
-        return await self._group.submit(self._fulfilment.complete, request)
+        return await self._group.submit(self.fulfilment.complete, request)
 
     async def arrive(self, order_id: int) -> bool:
         """Complete a shipped order whose delivery time is over; False when it is too early."""
-        return await self._group.submit(self._fulfilment.arrive, order_id)
+        return await self._group.submit(self.fulfilment.arrive, order_id)
 
     async def extend(self, request: ExtendRequest) -> OrderView:
         """Give an unpaid order a later deadline; raises `OrderNotFound` or `NotExtendable`."""
@@ -197,3 +197,7 @@ class OrderService:
         async with self._database.read() as tx:
             states = await store.states(tx, order_ids)
         return {order_id: _FATES[status] for order_id, status in states.items()}
+
+    async def buyers(self, tx: Tx, order_ids: Collection[int]) -> Mapping[int, str]:
+        """Whose those orders are that exist, read in the caller's transaction."""
+        return await store.buyers(tx, order_ids)

@@ -162,6 +162,13 @@ _MARK_SHIPPED = Prepared(
         .values(tracking=bindparam("by_tracking"), complete_by_us=bindparam("until_us"))
     )
 )
+_MARK_REFUNDED = Prepared(
+    lambda _: (
+        update(orders)
+        .where(orders.c.id == bindparam("order_id"), orders.c.refunded_minor < bindparam("given"))
+        .values(refunded_minor=bindparam("given"), changed_us=bindparam("now_us"))
+    )
+)
 _SET_DEADLINE = Prepared(
     lambda _: (
         update(orders)
@@ -177,6 +184,9 @@ _ORDERS_OF = Prepared(
     lambda dialect: select(orders).where(
         among(dialect, orders.c.id, "order_ids"), orders.c.buyer == bindparam("of_buyer")
     )
+)
+_BUYERS_OF = Prepared(
+    lambda dialect: select(orders.c.id, orders.c.buyer).where(among(dialect, orders.c.id, "order_ids"))
 )
 _STATES_OF = Prepared(
     lambda dialect: select(orders.c.id, orders.c.status).where(among(dialect, orders.c.id, "order_ids"))
@@ -249,6 +259,12 @@ async def mark_shipped(tx: Tx, trackings: Mapping[int, str], complete_by_us: int
     await _MARK_SHIPPED.many(tx, rows)
 
 
+async def mark_refunded(tx: Tx, given: Mapping[int, int], now_us: int) -> None:
+    """Note how much of orders' money was given back; a smaller sum is older news."""
+    rows = [{"order_id": order_id, "given": amount, "now_us": now_us} for order_id, amount in given.items()]
+    await _MARK_REFUNDED.many(tx, rows)
+
+
 async def set_deadlines(tx: Tx, deadlines: Mapping[int, int], payments: Mapping[int, PaymentRef], now_us: int) -> None:
     """Give orders another deadline, and the payment reference that goes with it."""
     rows = [
@@ -319,6 +335,11 @@ async def overdue(tx: Tx, now_us: int, after: tuple[int, int], limit: int) -> Se
 async def states(tx: Tx, order_ids: Collection[int]) -> dict[int, OrderStatus]:
     """Where these orders are."""
     return {row.id: OrderStatus(row.status) for row in await _STATES_OF.rows(tx, order_ids=sorted(order_ids))}
+
+
+async def buyers(tx: Tx, order_ids: Collection[int]) -> dict[int, str]:
+    """Whose these orders are."""
+    return {row.id: row.buyer for row in await _BUYERS_OF.rows(tx, order_ids=sorted(order_ids))}
 
 
 async def deadline(tx: Tx, order_id: int) -> tuple[OrderStatus, int] | None:

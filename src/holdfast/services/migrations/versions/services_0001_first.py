@@ -1,4 +1,4 @@
-"""Stock, orders, payments and the sandbox provider."""
+"""Stock, orders, payments, the sandbox provider, the event feed and webhooks."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -18,6 +18,33 @@ def upgrade() -> None:
         sa.Column("changed_us", sa.BigInteger(), nullable=False),
         sa.CheckConstraint("quantity > 0", name=op.f("ck_cart_item_quantity")),
         sa.PrimaryKeyConstraint("buyer", "sku", name=op.f("pk_cart_item")),
+    )
+    op.create_table(
+        "feed_counter",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("last", sa.BigInteger(), nullable=False),
+        sa.Column("removed", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_feed_counter")),
+    )
+    op.create_table(
+        "feed_event",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("owner", sa.Text(), nullable=True),
+        sa.Column("at_us", sa.BigInteger(), nullable=False),
+        sa.Column("recorded_us", sa.BigInteger(), nullable=False),
+        sa.Column("data", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_feed_event")),
+        sa.UniqueConstraint("key", name=op.f("uq_feed_event_key")),
+    )
+    op.create_index(
+        "ix_feed_event_owner",
+        "feed_event",
+        ["owner", "id"],
+        unique=False,
+        sqlite_where=sa.text("owner IS NOT NULL"),
+        postgresql_where=sa.text("owner IS NOT NULL"),
     )
     op.create_table(
         "order_line",
@@ -356,9 +383,77 @@ def upgrade() -> None:
         sa.Column("priority", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("code", name=op.f("pk_stock_warehouse")),
     )
+    op.create_table(
+        "webhook_attempt",
+        sa.Column("delivery_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("attempt", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("at_us", sa.BigInteger(), nullable=False),
+        sa.Column("status", sa.Integer(), nullable=True),
+        sa.Column("error", sa.Text(), nullable=True),
+        sa.Column("answer", sa.Text(), nullable=False),
+        sa.Column("took_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("delivery_id", "attempt", name=op.f("pk_webhook_attempt")),
+    )
+    op.create_table(
+        "webhook_delivery",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("endpoint_id", sa.BigInteger(), nullable=False),
+        sa.Column("event_id", sa.BigInteger(), nullable=False),
+        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("body", sa.LargeBinary(), nullable=False),
+        sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("round_start", sa.Integer(), nullable=False),
+        sa.Column("due_us", sa.BigInteger(), nullable=False),
+        sa.Column("last_status", sa.Integer(), nullable=True),
+        sa.Column("last_error", sa.Text(), nullable=True),
+        sa.Column("created_us", sa.BigInteger(), nullable=False),
+        sa.Column("changed_us", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint(
+            "status IN ('pending', 'done', 'failed', 'cancelled')", name=op.f("ck_webhook_delivery_status")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_delivery")),
+        sa.UniqueConstraint("endpoint_id", "event_id", name="uq_webhook_delivery_endpoint_id_event_id"),
+    )
+    op.create_index(
+        "ix_webhook_delivery_due",
+        "webhook_delivery",
+        ["endpoint_id", "due_us"],
+        unique=False,
+        sqlite_where=sa.text("status = 'pending'"),
+        postgresql_where=sa.text("status = 'pending'"),
+    )
+    op.create_table(
+        "webhook_endpoint",
+        sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("url", sa.Text(), nullable=False),
+        sa.Column("description", sa.Text(), nullable=False),
+        sa.Column("types", sa.Text(), nullable=False),
+        sa.Column("enabled", sa.Integer(), nullable=False),
+        sa.Column("disabled_reason", sa.Text(), nullable=True),
+        sa.Column("secret", sa.Text(), nullable=False),
+        sa.Column("previous_secret", sa.Text(), nullable=True),
+        sa.Column("previous_until_us", sa.BigInteger(), nullable=True),
+        sa.Column("failing_since_us", sa.BigInteger(), nullable=True),
+        sa.Column("flagged_us", sa.BigInteger(), nullable=True),
+        sa.Column("created_us", sa.BigInteger(), nullable=False),
+        sa.Column("changed_us", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint("enabled IN (0, 1)", name=op.f("ck_webhook_endpoint_enabled")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_endpoint")),
+        sa.UniqueConstraint("url", name=op.f("uq_webhook_endpoint_url")),
+    )
 
 
 def downgrade() -> None:
+    op.drop_table("webhook_endpoint")
+    op.drop_index(
+        "ix_webhook_delivery_due",
+        table_name="webhook_delivery",
+        sqlite_where=sa.text("status = 'pending'"),
+        postgresql_where=sa.text("status = 'pending'"),
+    )
+    op.drop_table("webhook_delivery")
+    op.drop_table("webhook_attempt")
     op.drop_table("stock_warehouse")
     op.drop_index("ix_stock_task_detail_order_id", table_name="stock_task_detail")
     op.drop_index(
@@ -431,4 +526,12 @@ def downgrade() -> None:
     op.drop_table("order_order")
     op.drop_table("order_log")
     op.drop_table("order_line")
+    op.drop_index(
+        "ix_feed_event_owner",
+        table_name="feed_event",
+        sqlite_where=sa.text("owner IS NOT NULL"),
+        postgresql_where=sa.text("owner IS NOT NULL"),
+    )
+    op.drop_table("feed_event")
+    op.drop_table("feed_counter")
     op.drop_table("cart_item")

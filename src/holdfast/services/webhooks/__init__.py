@@ -1,0 +1,1 @@
+"""Outgoing webhooks: events posted to other programs by the Standard Webhooks rules."""
