@@ -152,7 +152,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         stock_service = StockService(database, stock_group, Shelves(clock, ids), stock, orders, clock, settings.stock)
         listens = (
             *order_listeners.listeners(orders, transitions),
-            *stock_listeners.listeners(stock_service, stock, stock_group),
+            *stock_listeners.listeners(stock_service, stock, stock_group, settings.stock),
             *payment_listeners.listeners(payments, payment_service),
         )
         system = System(
