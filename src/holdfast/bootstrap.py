@@ -66,7 +66,7 @@ from holdfast.services.webhooks.actions import Webhooks
 from holdfast.services.webhooks.addresses import SafeResolver
 from holdfast.services.webhooks.lanes import Lanes
 from holdfast.services.webhooks.service import WebhookDesk, WebhookService
-from holdfast.settings import DatabaseSettings, MessagingSettings, PaymentsSettings, Settings
+from holdfast.settings import DatabaseSettings, MessagingSettings, OrdersSettings, PaymentsSettings, Settings
 
 ALIPAY = "alipay"
 HISTORIES = (MESSAGING_HISTORY, SERVICES_HISTORY)
@@ -179,11 +179,8 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         carts, moves = Carts(clock), Moves(clock, ids)
         transitions = Transitions(clock, moves, outbox, payments, settings.orders.extend_ms_max)
         payment_service = PaymentService(database, group, payments, providers, transitions, clock)
-        rules = settings.orders
-        place = PlaceOrders(clock, ids, outbox, rules, catalogue=stock, stock=stock, payments=payments, carts=carts)
-        fulfilment = Fulfilment(clock, outbox, moves, rules.complete_ms)
-        orders = OrderService(
-            database, stock_group, group, place, transitions, fulfilment, payment_service, clock, rules
+        orders = _orders(
+            bus, database, stock_group, settings.orders, moves, transitions, payment_service, stock, payments, carts
         )
         stock_service = StockService(database, stock_group, Shelves(clock, ids), stock, orders, clock, settings.stock)
         repairs = Repairs(orders, stock_service, payment_service, refund_service, bus.error_store)
@@ -192,7 +189,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         listens = (
             *order_listeners.listeners(orders),
             *cart_listeners.listeners(carts),
-            *stock_listeners.listeners(stock_service, stock, stock_group),
+            *stock_listeners.listeners(stock_service, stock, stock_group, settings.stock),
             *payment_listeners.listeners(refunds, refund_service),
             *told.listens,
         )
@@ -218,6 +215,24 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         )
         stack.push_async_callback(system.stop_work)
         yield system
+
+
+def _orders(
+    bus: Messaging,
+    database: Database,
+    stock_group: GroupCommit,
+    rules: OrdersSettings,
+    moves: Moves,
+    transitions: Transitions,
+    cashier: PaymentService,
+    stock: Stock,
+    payments: Payments,
+    carts: Carts,
+) -> OrderService:
+    clock, outbox = bus.clock, bus.outbox
+    place = PlaceOrders(clock, bus.ids, outbox, rules, catalogue=stock, stock=stock, payments=payments, carts=carts)
+    fulfilment = Fulfilment(clock, outbox, moves, rules.complete_ms)
+    return OrderService(database, stock_group, bus.group, place, transitions, fulfilment, cashier, clock, rules)
 
 
 @asynccontextmanager

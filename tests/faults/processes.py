@@ -85,6 +85,7 @@ def quick_environment(url: str, **changes: str) -> dict[str, str]:
         "MESSAGING__DURABLE_INTERVAL_MS_MAX": "500",
         "ORDERS__TIME_OUT_MS": "1500",
         "ORDERS__SWEEP_MS": "300",
+        "STOCK__GUARD_MS": "2500",
         "PAYMENTS__SANDBOX": "true",
         "PAYMENTS__SANDBOX_SECRET": NOTICE_SECRET,
         "PAYMENTS__SWEEP_MS": "300",

@@ -13,17 +13,20 @@ from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import OrderClosed, OrderPaid, StockLocked
 from holdfast.services.stock.actions import Stock
 from holdfast.services.stock.service import StockService
+from holdfast.settings import StockSettings
 
 UNKNOWN_AGAIN_MS = 5_000  # nobody could say what became of the order
-OPEN_AGAIN_MS = 30_000  # the order waits for its money
+OPEN_AGAIN_MS = 30_000  # the order waits for its money; sooner where the guard is shorter
 
 
-def listeners(service: StockService, stock: Stock, group: GroupCommit) -> list[Listen]:
+def listeners(service: StockService, stock: Stock, group: GroupCommit, settings: StockSettings) -> list[Listen]:
     """Closed orders give their stock back, paid orders have it deducted; by the writer that owns the stock rows.
 
     `StockLocked` comes to the same queue when a hold has stood for as long as the guard allows: then orders are asked
     what became of its order, and asked again for as long as it is open or nobody knows.
     """
+
+    open_again_ms = min(OPEN_AGAIN_MS, settings.guard_ms)
 
     async def on_closed(tx: Tx, events: Sequence[OrderClosed]) -> None:
         await stock.release(tx, {event.order_id for event in events})
@@ -38,7 +41,7 @@ def listeners(service: StockService, stock: Stock, group: GroupCommit) -> list[L
             if isinstance(error, HoldfastError) and not error.retryable:
                 raise
             return [Retry(UNKNOWN_AGAIN_MS, f"what became of the order is unknown: {error}") for _ in holds]
-        return [Retry(OPEN_AGAIN_MS, "the order is open") if hold.order_id in waiting else None for hold in holds]
+        return [Retry(open_again_ms, "the order is open") if hold.order_id in waiting else None for hold in holds]
 
     return [
         Listen(

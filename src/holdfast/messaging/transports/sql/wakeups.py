@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from holdfast.clock import Clock
 
 CHANNEL = "holdfast_queue"  # of LISTEN and NOTIFY
+NEVER_US = 1 << 62
 
 
 def hint(instance: int, due_us: int, queue: str) -> str:
@@ -22,10 +23,18 @@ class Waiter:
         self._clock = clock
         self._event = asyncio.Event()
         self._until_us = 0
+        self._looking = False
+        self._told_us = NEVER_US  # the soonest instant that was told during a look
 
     def tell(self, due_us: int) -> None:
-        """Something is due at that instant; wakes the sleeper if that is before it would wake anyway."""
-        if due_us < self._until_us:
+        """Something is due at that instant; wakes the sleeper if that is before it would wake anyway.
+
+        Told during a look it shortens the sleep that follows, and no more than that: what is due in an hour is no
+        reason to look again at once.
+        """
+        if self._looking:
+            self._told_us = min(self._told_us, due_us)
+        elif due_us < self._until_us:
             self._event.set()
 
     def wake(self) -> None:
@@ -35,11 +44,12 @@ class Waiter:
     def begin(self) -> None:
         """Forget what was told so far; to be called before looking, so that nothing told during the look is lost."""
         self._event.clear()
-        self._until_us = 1 << 62
+        self._looking, self._told_us = True, NEVER_US
 
     async def sleep(self, until_us: int) -> None:
         """Sleep until the instant or until woken."""
-        self._until_us = until_us
+        until_us = self._until_us = min(until_us, self._told_us)
+        self._looking = False
         seconds = (until_us - self._clock.now_us()) / 1_000_000
         if self._event.is_set() or seconds <= 0:
             return
