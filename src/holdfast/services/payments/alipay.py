@@ -155,7 +155,7 @@ class Alipay:
             async with self._deadline(STATEMENT_PATIENCE):
                 archive = await self._bill(day)
             return () if archive is None else await asyncio.to_thread(read_bill, archive)
-        except (TimeoutError, httpx.HTTPError, Unreadable) as error:
+        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, Unreadable) as error:
             raise Unavailable(f"Alipay's statement of {day} could not be read: {error!r}") from error
 
     async def _query(self, payment: PaymentOrder) -> TradeAnswer:
@@ -316,5 +316,6 @@ class Alipay:
 async def opened(settings: PaymentsSettings, time_out_ms: int, clock: Clock) -> AsyncIterator[Alipay]:
     """The provider with its connections; raises `InvalidSettings` that says what to do."""
     account = read_account(settings, time_out_ms)
-    async with httpx.AsyncClient(timeout=account.timeout_ms / 1_000, follow_redirects=False) as client:
+    # Proxies of the environment are for what is outside of this machine.
+    async with httpx.AsyncClient(timeout=account.timeout_ms / 1_000, trust_env=account.encrypted) as client:
         yield Alipay(account, clock, client)

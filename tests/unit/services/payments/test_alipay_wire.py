@@ -33,6 +33,7 @@ from holdfast.services.payments.needs import ForgedNotice
 from holdfast.settings import Secret
 from tests.servers.alipay import APP_ID, SELLER_ID, bare, signed_form
 from tests.servers.alipay_keys import ALIPAY_PRIVATE, ALIPAY_PUBLIC, APP_PRIVATE
+from tests.unit.given import steady
 
 KEYS = read_keys(Secret(APP_PRIVATE), ALIPAY_PUBLIC)
 QUERY = "alipay.trade.query"
@@ -60,6 +61,7 @@ def told(**changes: str) -> Capture | None:
 # --- Amounts, times, ids ----------------------------------------------------------------------------------------------
 
 
+@steady
 @given(st.integers(min_value=1, max_value=AMOUNT_MINOR_MAX))
 def test_amounts_go_there_and_back_exactly(amount_minor: int) -> None:
     text = yuan(amount_minor)
@@ -68,6 +70,7 @@ def test_amounts_go_there_and_back_exactly(amount_minor: int) -> None:
     assert Decimal(text).as_tuple().exponent == -2
 
 
+@steady
 @given(st.decimals(min_value=0, max_value=99_999_999, places=2))
 def test_amounts_of_alipay_are_read_exactly(amount: Decimal) -> None:
     assert fen(str(amount)) == amount * 100
@@ -100,6 +103,7 @@ def test_times_are_those_of_beijing() -> None:
     assert instant_us("2026-11-21 20:08:07") == 1_795_262_887 * US_PER_S
 
 
+@steady
 @given(st.integers(min_value=0, max_value=4_000_000_000))
 def test_times_go_there_and_back(seconds: int) -> None:
     assert instant_us(beijing(seconds * US_PER_S)) == seconds * US_PER_S
@@ -228,6 +232,7 @@ def test_genuine_notices_that_make_no_sense_are_refused(changes: dict[str, str])
         told(**changes)
 
 
+@steady
 @given(st.binary(max_size=300))
 def test_no_bytes_are_taken_for_a_notice(raw: bytes) -> None:
     with pytest.raises(ForgedNotice):
