@@ -50,6 +50,7 @@ SERVICE_RANKS: dict[str, int] = {
     "actions": 2,
     "sandbox_book": 2,
     "sandbox": 3,
+    "sandbox_remote": 4,
     "alipay_signing": 1,
     "alipay_wire": 2,
     "alipay_account": 2,

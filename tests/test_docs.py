@@ -107,7 +107,9 @@ def test_every_route_stands_on_its_page() -> None:
     for router in (orders.router(), stock.router(), payments.router(), health.router()):
         for route in router.routes:
             paths.add(re.sub(r"\{(\w+):\w+\}", r"{\1}", route.path))
-    renamed = {path.replace("{order_id}", "{id}").replace("{token}", "{link}") for path in paths}
+    renamed = {
+        re.sub(r"{(order_id|payment_id|biz_order_no)}", "{id}", path).replace("{token}", "{link}") for path in paths
+    }
     assert [path for path in sorted(renamed) if path not in text] == []
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
+from typing import Any, cast
 
 import msgspec
 from sqlalchemy import text
@@ -149,12 +150,12 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         )
         group, ids, outbox = bus.group, bus.ids, bus.outbox
         stock_group = await stack.enter_async_context(_stock_writer(database, group, clock, settings.database))
-        providers = await _providers(settings, database, group, clock, stack)
+        providers = _providers(settings, database, group, clock, stack)
         payments = Payments(clock, ids, outbox, providers, settings.payments.provider)
-        payment_service = PaymentService(database, group, payments, providers, clock)
         stock = Stock(clock, ids, outbox)
         place = PlaceOrders(clock, ids, outbox, settings.orders, catalogue=stock, stock=stock, payments=payments)
         transitions = Transitions(clock, ids, outbox, payments)
+        payment_service = PaymentService(database, group, payments, providers, transitions, clock)
         orders = OrderService(database, stock_group, group, place, transitions, payment_service, clock, settings.orders)
         stock_service = StockService(database, stock_group, stock, orders, clock)
         listens = (
@@ -206,17 +207,17 @@ async def _stock_writer(
         await writer.close()
 
 
-async def _providers(
+def _providers(
     settings: Settings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
 ) -> dict[str, Provider]:
     """Every configured provider by its name, the chosen one among them."""
     providers: dict[str, Provider] = {}
     if settings.payments.sandbox:
-        providers[SANDBOX] = _sandbox(settings.payments, database, group, clock)
+        providers[SANDBOX] = _sandbox(settings.payments, database, group, clock, stack)
     if settings.payments.alipay_app_id or settings.payments.provider == ALIPAY:
-        alipay = import_module("holdfast.services.payments.alipay")  # its libraries are not in the bare install
-        opened = alipay.opened(settings.payments, settings.orders.time_out_ms, clock)
-        providers[ALIPAY] = await stack.enter_async_context(opened)
+        alipay = _over_http("alipay").open_alipay(settings.payments, settings.orders.time_out_ms, clock)
+        stack.push_async_callback(alipay.aclose)
+        providers[ALIPAY] = alipay
     if not providers:
         raise InvalidSettings(
             "no payment provider is configured; set HOLDFAST_PAYMENTS__PROVIDER and its keys or, to try things out, "
@@ -230,12 +231,35 @@ async def _providers(
     return providers
 
 
-def _sandbox(settings: PaymentsSettings, database: Database, group: GroupCommit, clock: Clock) -> Provider:
+def _sandbox(
+    settings: PaymentsSettings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
+) -> Provider:
     secret = settings.sandbox_secret.reveal()
     if len(secret) < SECRET_CHARS_MIN:
         raise InvalidSettings(f"HOLDFAST_PAYMENTS__SANDBOX_SECRET needs at least {SECRET_CHARS_MIN} characters")
+    if settings.sandbox_url:
+        remote = _over_http("sandbox_remote").SandboxRemote(
+            settings.sandbox_url,
+            clock,
+            secret,
+            settings.merchant_id,
+            settings.notice_tolerance_ms,
+            settings.call_timeout_ms,
+        )
+        stack.push_async_callback(remote.aclose)
+        return cast(Provider, remote)
     book = SandboxBook(database, group, clock)
     return Sandbox(book, clock, secret, settings.merchant_id, settings.notice_tolerance_ms)
+
+
+def _over_http(module: str) -> Any:
+    """A provider's module that needs libraries of the `server` extra; the bare install does without it."""
+    try:
+        return import_module(f"holdfast.services.payments.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("holdfast"):
+            raise
+        raise InvalidSettings(f"this payment provider needs {error.name}; pip install 'holdfast[server]'") from error
 
 
 def _tuned(listen: Listen, settings: MessagingSettings) -> Listen:
@@ -257,9 +281,10 @@ def _sweepers(
     orders: OrderService, stock: StockService, payments: PaymentService, settings: Settings, clock: Clock
 ) -> list[Sweeper]:
     """The guards; each looks for what is late by one of its intervals, since messages should have come by then."""
-    of_orders, of_payments = settings.orders.sweep_ms, settings.payments.sweep_ms
+    of_orders, of_payments, poll_ms = settings.orders.sweep_ms, settings.payments.sweep_ms, settings.payments.poll_ms
     return [
         Sweeper("orders", of_orders, lambda: orders.sweep(of_orders), clock),
         Sweeper("stock", of_orders, lambda: stock.sweep(of_orders), clock),
         Sweeper("payments", of_payments, lambda: payments.sweep(of_payments), clock),
+        Sweeper("poll", poll_ms, lambda: payments.poll(poll_ms), clock),
     ]

@@ -92,6 +92,12 @@ http_seconds = Histogram(
 orders_moved = Counter(
     "holdfast_orders_moved", "Order transitions committed, by target state.", ["state"], registry=registry
 )
+payment_notices = Counter(
+    "holdfast_payment_notices",
+    "Notices and answers of payment providers kept, by provider and verdict; of most verdicts somebody should know.",
+    ["provider", "verdict"],
+    registry=registry,
+)
 
 ASK_EVERY = 32  # calls
 

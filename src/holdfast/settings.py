@@ -109,9 +109,12 @@ class PaymentsSettings(Section, frozen=True, kw_only=True):
     provider: Name = "sandbox"  # who takes new payments; one of those that are configured
     sandbox: bool = False  # offer the sandbox provider and its pay page; never on a real sale
     sandbox_secret: Secret = Secret("")  # signs pay links and notices; at least 16 characters
+    sandbox_url: str = ""  # of `holdfast sandbox-provider`; empty for the sandbox within this process
+    call_timeout_ms: Annotated[int, Meta(ge=10, le=60_000)] = 5_000  # a provider's later answer is unknown
     merchant_id: str = "holdfast-demo"  # a notice for another merchant is parked
     notice_tolerance_ms: Milliseconds = 300_000  # age at which a signed notice counts as a replay
     sweep_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 5_000  # refunds asked for again
+    poll_ms: Annotated[int, Meta(ge=50, le=3_600_000)] = 20_000  # providers asked about payments unpaid for so long
     alipay_app_id: str = ""  # switches Alipay on: the app's id at open.alipay.com
     alipay_seller_id: str = ""  # the merchant's account there, 16 digits from 2088 on
     alipay_private_key: Secret = Secret("")  # the app's private key for RSA2, PEM or base64
@@ -122,7 +125,6 @@ class PaymentsSettings(Section, frozen=True, kw_only=True):
     alipay_notify_url: str = ""  # this shop's public address, followed by /v1/notices/alipay
     alipay_return_url: str = ""  # where the buyer's browser goes after paying
     alipay_subject: str = "Order"  # what the buyer reads, before the order's number
-    alipay_timeout_ms: Annotated[int, Meta(ge=100, le=60_000)] = 10_000  # then the outcome of a call is unknown
 
 
 class HttpSettings(Section, frozen=True, kw_only=True):

@@ -63,8 +63,10 @@ class Row(NamedTuple):
 
 
 def plain(method: str, path: str) -> Callable[[Sale, Role], Any]:
-    """Ask for a path that may name the order."""
-    return lambda sale, role: sale.ask(role, method, path.format(order_id=sale.order_id))
+    """Ask for a path that may name the order or its payment."""
+    return lambda sale, role: sale.ask(
+        role, method, path.format(order_id=sale.order_id, payment_id=sale.payment_id, biz_order_no=sale.order_id)
+    )
 
 
 def place(sale: Sale, role: Role) -> Any:
@@ -100,6 +102,8 @@ MATRIX = [
     Row("POST", "/v1/orders", 401, 201, 201, 201, place),
     Row("GET", "/v1/orders/{order_id}", 401, 404, 200, 404, plain("GET", "/v1/orders/{order_id}")),
     Row("POST", "/v1/orders/{order_id}/cancel", 401, 404, 200, 404, plain("POST", "/v1/orders/{order_id}/cancel")),
+    Row("GET", "/v1/payments/{payment_id}", 401, 404, 200, 404, plain("GET", "/v1/payments/{payment_id}")),
+    Row("GET", "/pay-orders/biz/{biz_order_no}", 401, 404, 200, 404, plain("GET", "/pay-orders/biz/{biz_order_no}")),
     Row("GET", "/v1/stocks/{sku}", 200, 200, 200, 200, plain("GET", "/v1/stocks/SKU-1")),
     Row("GET", "/v1/stocks/receipts", 404, 404, 404, 404, plain("GET", "/v1/stocks/receipts")),  # a SKU of that name
     Row("GET", "/v1/stocks", 401, 403, 403, 200, plain("GET", "/v1/stocks")),

@@ -1,4 +1,4 @@
-"""The command line: `holdfast serve | work | migrate | verify | errors | token | demo`."""
+"""The command line: `holdfast serve | work | migrate | verify | errors | token | demo | sandbox-provider`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from holdfast.db.migrate import require_current
 from holdfast.edge import errors_cli, queues_cli
 from holdfast.edge.report import show
 from holdfast.errors import HoldfastError, InvalidInput
-from holdfast.settings import Settings, load
+from holdfast.settings import Secret, Settings, load
 
 EXIT_FINDINGS = 1
 EXIT_CANNOT = 2
@@ -125,6 +125,36 @@ def demo(
     """A sale over real HTTP on a throw-away SQLite file, with a live table and an audit at the end."""
     shop = _extra("holdfast.edge.demo")
     raise typer.Exit(shop.run(shop.Plan(buyers=buyers, skus=skus, units=units, seed=seed)))
+
+
+@app.command("sandbox-provider")
+def sandbox_provider(
+    notify_url: Annotated[str, typer.Option(help="Where notices go, e.g. http://127.0.0.1:8000/v1/notices/sandbox.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; strangers must not reach it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port, 0 for a free one.")] = 8_100,
+    secret: Annotated[
+        str | None, typer.Option(help="Shared with the shop; HOLDFAST_PAYMENTS__SANDBOX_SECRET if left out.")
+    ] = None,
+    merchant: Annotated[
+        str | None, typer.Option(help="Whose provider it is; HOLDFAST_PAYMENTS__MERCHANT_ID if left out.")
+    ] = None,
+    book: Annotated[str, typer.Option(help="URL of its own SQLite file; in memory if left out.")] = "sqlite://",
+) -> None:
+    """Run the sandbox payment provider as a server of its own, with faults on request; never for a real sale."""
+    settings = _settings()
+    provider = _extra("holdfast.edge.sandbox_provider")
+    given = provider.Given(
+        secret=settings.payments.sandbox_secret if secret is None else Secret(secret),
+        merchant_id=merchant or settings.payments.merchant_id,
+        notify_url=notify_url,
+        book_url=book,
+    )
+    http = msgspec.structs.replace(settings.http, host=host, port=port)
+
+    def ready(url: str) -> None:
+        typer.echo(f"the sandbox provider listens on {url}")
+
+    raise typer.Exit(_server().run(lambda: provider.serve(http, given, ready)))
 
 
 @app.command()

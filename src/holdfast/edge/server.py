@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
 import uvicorn
 import uvloop
+from litestar.types import ASGIApp
 
 from holdfast import observe
 from holdfast.bootstrap import System, running
+from holdfast.clock import Clock
 from holdfast.edge.http.app import build_app
 from holdfast.edge.http.connection import Connection
 from holdfast.errors import InvalidSettings
@@ -41,7 +43,7 @@ def run(main: Callable[[], Awaitable[int]]) -> int:
 
 async def serve(settings: Settings, *, work: bool, on_ready: Callable[[str], None]) -> int:
     """Serve the API, with the workers unless told otherwise; `on_ready` gets the URL once it listens."""
-    stop = _stop_event()
+    stop = stop_event()
     async with running(settings) as system:
         if work:
             system.work()
@@ -54,7 +56,7 @@ async def serve(settings: Settings, *, work: bool, on_ready: Callable[[str], Non
 
 async def work(settings: Settings, on_ready: Callable[[], None]) -> int:
     """Run the workers only."""
-    stop = _stop_event()
+    stop = stop_event()
     async with running(settings) as system:
         system.work()
         on_ready()
@@ -64,10 +66,17 @@ async def work(settings: Settings, on_ready: Callable[[], None]) -> int:
 
 
 @contextlib.asynccontextmanager
-async def listening(system: System) -> Any:
+async def listening(system: System) -> AsyncIterator[str]:
     """The API of a running system on its configured address; gives the URL, stops accepting and drains at the end."""
-    settings = system.settings.http
     app = build_app(system)  # before the socket is bound: it may refuse the settings
+    drain_s = max(1, system.settings.messaging.drain_ms // 1_000)
+    async with listening_on(app, system.settings.http, system.clock, drain_s) as url:
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def listening_on(app: ASGIApp, settings: HttpSettings, clock: Clock, drain_s: int) -> AsyncIterator[str]:
+    """An application on an address; gives the URL, stops accepting and drains for at most so long at the end."""
     bound = _bind(settings.host, settings.port)
     config = uvicorn.Config(
         app,
@@ -80,13 +89,13 @@ async def listening(system: System) -> Any:
         proxy_headers=False,  # nobody's X-Forwarded-For is believed
         backlog=BACKLOG,
         timeout_keep_alive=15,
-        timeout_graceful_shutdown=max(1, system.settings.messaging.drain_ms // 1_000),
+        timeout_graceful_shutdown=drain_s,
     )
     server = ApiServer(config)
     task = asyncio.create_task(server.serve(sockets=[bound]), name="api")
     try:
         while not server.started and not task.done():
-            await system.clock.sleep(0.005)
+            await clock.sleep(0.005)
         if task.done():
             task.result()
         yield _url(settings.host, bound.getsockname()[1])
@@ -121,7 +130,8 @@ def _bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _stop_event() -> asyncio.Event:
+def stop_event() -> asyncio.Event:
+    """Set once a signal asks to stop."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for each in (signal.SIGINT, signal.SIGTERM):

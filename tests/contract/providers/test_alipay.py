@@ -26,10 +26,11 @@ from holdfast.clock import US_PER_S, ManualClock
 from holdfast.errors import InvalidInput, Unavailable
 from holdfast.ids import IdSource
 from holdfast.services.contracts.values import TradeEnd
-from holdfast.services.payments.alipay import CLOSE, QUERY, REFUND, REFUND_QUERY, STATEMENT, Alipay, opened
+from holdfast.services.payments.alipay import CLOSE, QUERY, REFUND, REFUND_QUERY, STATEMENT, Alipay, open_alipay
 from holdfast.services.payments.alipay_wire import instant_us
 from holdfast.services.payments.model import WAITING, PaymentOrder, Verdict, judge
 from holdfast.services.payments.needs import Provider, RefundAnswer, RefundEnd, TradeAnswer
+from holdfast.settings import PaymentsSettings
 from tests.servers.alipay import (
     APP_ID,
     NOTIFY_URL,
@@ -70,6 +71,13 @@ def gateway(clock: ManualClock) -> Iterator[Gateway]:
 async def alipay(gateway: Gateway, clock: ManualClock) -> AsyncIterator[Alipay]:
     async with opened(settings_of(gateway.url), 1_800_000, clock) as provider:
         yield provider
+
+
+@asynccontextmanager
+async def opened(settings: PaymentsSettings, time_out_ms: int, clock: ManualClock) -> AsyncIterator[Alipay]:
+    provider = open_alipay(settings, time_out_ms, clock)
+    yield provider
+    await provider.aclose()
 
 
 @asynccontextmanager

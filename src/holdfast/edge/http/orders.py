@@ -14,11 +14,12 @@ from holdfast.bootstrap import System
 from holdfast.edge.http.auth import Caller, Tokens, caller
 from holdfast.edge.http.hot import Handler, Headers, ReadBody, Reply
 from holdfast.edge.http.reading import body_of, idempotency_key
-from holdfast.services.orders.model import OrderLine, OrderNotFound, OrderView, PlaceRequest
+from holdfast.services.orders.model import OrderLine, OrderNotFound, OrderStatus, OrderView, PlaceRequest
 
 _ID = re.compile(r"[1-9][0-9]{0,18}")
 ID_MAX = 2**63 - 1
 PLACE_PATH = "/v1/orders"
+CONFIRMING = "confirming"
 
 
 class PlaceBody(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -47,10 +48,22 @@ def placing(system: System, tokens: Tokens) -> Handler:
     return place
 
 
+class OrderShown(OrderView, frozen=True, kw_only=True, rename="camel"):
+    """An order as its buyer sees it; `confirming` while its money is captured and the order not yet marked paid."""
+
+    status: str  # type: ignore[assignment]  # one word more than an order's own states
+
+
 @get("/orders/{order_id:str}", summary="Read an order")
-async def read(order_id: FromPath[str], caller: NamedDependency[Caller], system: NamedDependency[System]) -> OrderView:
-    """The caller's own order; another's does not exist for him."""
-    return await system.orders.get(parse_id(order_id), caller.subject)
+async def read(
+    order_id: FromPath[str], caller: NamedDependency[Caller], system: NamedDependency[System]
+) -> OrderView | OrderShown:
+    """The caller's own order; another's does not exist for him. A payer never reads that he has not paid."""
+    view = await system.orders.get(parse_id(order_id), caller.subject)
+    if view.status is not OrderStatus.PENDING_PAYMENT or not await system.payments.captured(int(view.id)):
+        return view
+    payment = msgspec.structs.replace(view.payment, pay_url=None)
+    return OrderShown(**msgspec.structs.asdict(view) | {"status": CONFIRMING, "payment": payment})
 
 
 @post("/orders/{order_id:str}/cancel", summary="Cancel an order", status_code=200)

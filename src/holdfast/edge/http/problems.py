@@ -21,7 +21,7 @@ from holdfast.errors import (
 from holdfast.services.contracts.refusals import KeyReused
 from holdfast.services.orders.model import MixedCurrencies, OrderNotFound
 from holdfast.services.orders.model import UnknownSku as UnknownSkuOnLine
-from holdfast.services.payments.service import UnknownProvider
+from holdfast.services.payments.service import PaymentNotFound, UnknownProvider
 from holdfast.services.stock.actions import UnknownSku
 
 MEDIA_TYPE = "application/problem+json"
@@ -66,6 +66,7 @@ STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (OrderNotFound, 404),
     (UnknownSku, 404),
     (UnknownProvider, 404),
+    (PaymentNotFound, 404),
     (KeyReused, 422),
     (UnknownSkuOnLine, 422),
     (MixedCurrencies, 422),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import msgspec
 from sqlalchemy import update
@@ -19,7 +20,16 @@ from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import PaymentSucceeded, RefundDue, RefundRequested
 from holdfast.services.contracts.values import Bill, PaymentRef
 from holdfast.services.payments import store
-from holdfast.services.payments.model import PARKED, SUCCEEDED, WAITING, Capture, PaymentOrder, Verdict, judge
+from holdfast.services.payments.model import (
+    PARKED,
+    SUCCEEDED,
+    UNDECIDED,
+    WAITING,
+    Capture,
+    PaymentOrder,
+    Verdict,
+    judge,
+)
 from holdfast.services.payments.needs import Provider
 
 log = observe.logger("payments")
@@ -71,31 +81,38 @@ class Payments:
         """Store verified notices and apply each capture once; answers what became of each.
 
         A capture for a payment order that had ended is applied all the same, since the money is there: orders then
-        asks for its refund. A notice with wrong facts changes nothing but is kept, with an alarm.
+        asks for its refund. A notice with wrong facts changes nothing but is kept, with an alarm; one whose payment
+        order does not exist is kept so too, and applied by a later call if it appears.
         """
         payments = await store.lock_payments(tx, {capture.payment_id for capture in captures})
         told = await store.told_before(tx, {capture.event_id for capture in captures})
+        before = dict(told)
         verdicts: list[Verdict | HoldfastError] = []
         applied: list[Capture] = []
-        kept = []
+        judged: dict[tuple[str, str], Capture] = {}
         for capture in captures:
             event = (capture.provider, capture.event_id)
-            if event in told:
-                verdicts.append(told[event])
-                continue
-            payment = payments.get(capture.payment_id)
-            verdict = judge(capture, payment, self._merchant_of(capture.provider))
-            if verdict is Verdict.APPLIED and payment is not None:
-                payments[payment.id] = _captured(payment, capture)
-                applied.append(capture)
-            told[event] = verdict
-            verdicts.append(verdict)
-            kept.append(self._notice_row(capture, verdict))
-        await store.insert_notices.many(tx, kept)
+            if event not in told or told[event] in UNDECIDED:
+                payment = payments.get(capture.payment_id)
+                verdict = judge(capture, payment, self._merchant_of(capture.provider))
+                if verdict is Verdict.APPLIED and payment is not None:
+                    payments[payment.id] = _captured(payment, capture)
+                    applied.append(capture)
+                told[event] = verdict
+                judged.setdefault(event, capture)
+            verdicts.append(told[event])
+        await self._keep(tx, judged, before, told)
         if applied:
             await store.mark_succeeded(tx, applied, self._clock.now_us())
             await self._tell(tx, [(payments[capture.payment_id], tx.trace_of(capture)) for capture in applied])
         return verdicts
+
+    async def keep(self, tx: Tx, captures: Sequence[Capture]) -> list[Verdict | HoldfastError]:
+        """Keep notices that could not be judged, to be judged again."""
+        for capture in captures:
+            await store.keep_notice(tx, self._notice_row(capture, Verdict.RECEIVED))
+            tx.on_commit(partial(_count, capture, Verdict.RECEIVED))
+        return [Verdict.RECEIVED for _ in captures]
 
     async def tell_again(self, tx: Tx, payments: Sequence[PaymentOrder]) -> list[HoldfastError | None]:
         """Tell orders of payments that succeeded."""
@@ -161,37 +178,55 @@ class Payments:
             Draft(
                 exchange=topology.PAY,
                 routing_key=topology.KEY_PAY_SUCCESS,
-                body=PaymentSucceeded(
-                    payment_id=payment.id,
-                    order_id=payment.order_id,
-                    amount_minor=payment.amount_minor,
-                    currency=payment.currency,
-                    captured_us=payment.captured_us,
-                ),
+                body=succeeded(payment),
                 trace=trace,
             )
             for payment, trace in payments
-            if payment.captured_us is not None
         ]
         await self._outbox.add_all(tx, drafts)
 
+    async def _keep(
+        self,
+        tx: Tx,
+        judged: Mapping[tuple[str, str], Capture],
+        before: Mapping[tuple[str, str], Verdict],
+        now: Mapping[tuple[str, str], Verdict],
+    ) -> None:
+        new = [self._notice_row(capture, now[event]) for event, capture in judged.items() if event not in before]
+        await store.insert_notices.many(tx, new)
+        changed = {event: now[event] for event in judged if event in before and before[event] != now[event]}
+        await store.judge_again(tx, changed)
+        for event, capture in judged.items():
+            if before.get(event) != now[event]:
+                tx.on_commit(partial(_count, capture, now[event]))
+
     def _notice_row(self, capture: Capture, verdict: Verdict) -> dict[str, object]:
-        if verdict in PARKED:
-            log.error(
-                "notice_parked",
-                provider=capture.provider,
-                event_id=capture.event_id,
-                payment_id=capture.payment_id,
-                verdict=verdict.value,
-            )
-        return {
-            "provider": capture.provider,
-            "event_id": capture.event_id,
-            "payment_id": capture.payment_id,
-            "verdict": verdict.value,
-            "raw": capture.raw,
-            "received_us": self._clock.now_us(),
-        }
+        now_us = self._clock.now_us()
+        return msgspec.structs.asdict(capture) | {"verdict": verdict.value, "received_us": now_us}
+
+
+def succeeded(payment: PaymentOrder) -> PaymentSucceeded:
+    """What orders is told of a payment order whose money was captured."""
+    assert payment.captured_us is not None
+    return PaymentSucceeded(
+        payment_id=payment.id,
+        order_id=payment.order_id,
+        amount_minor=payment.amount_minor,
+        currency=payment.currency,
+        captured_us=payment.captured_us,
+    )
+
+
+def _count(capture: Capture, verdict: Verdict) -> None:
+    observe.payment_notices.labels(capture.provider, verdict.value).inc()
+    if verdict in PARKED:
+        log.error(
+            "notice_parked",
+            provider=capture.provider,
+            event_id=capture.event_id,
+            payment_id=capture.payment_id,
+            verdict=verdict.value,
+        )
 
 
 def _captured(payment: PaymentOrder, capture: Capture) -> PaymentOrder:

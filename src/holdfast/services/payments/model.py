@@ -51,17 +51,28 @@ class PaymentOrder(msgspec.Struct, frozen=True, kw_only=True):
     pay_by_us: int
 
 
+class PaymentDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """A payment order with its times, and where it can be paid as long as it can."""
+
+    order: PaymentOrder
+    created_us: int
+    changed_us: int
+    pay_url: str | None = None
+
+
 class Verdict(StrEnum):
     """What became of a notice; stored beside its raw text."""
 
     APPLIED = "applied"
     REPEATED = "repeated"  # the same trade told again under another event id
-    UNKNOWN_PAYMENT = "unknown_payment"  # parked: no such payment order
+    RECEIVED = "received"  # kept, but judging it failed; it is judged again
+    UNKNOWN_PAYMENT = "unknown_payment"  # parked: no such payment order; judged again when it appears
     WRONG_FACTS = "wrong_facts"  # parked: amount, currency or merchant differ
     SECOND_TRADE = "second_trade"  # parked: paid twice by two trades
 
 
-PARKED = frozenset({Verdict.UNKNOWN_PAYMENT, Verdict.WRONG_FACTS, Verdict.SECOND_TRADE})
+UNDECIDED = frozenset({Verdict.RECEIVED, Verdict.UNKNOWN_PAYMENT})
+PARKED = UNDECIDED | {Verdict.WRONG_FACTS, Verdict.SECOND_TRADE}
 
 
 def judge(capture: Capture, payment: PaymentOrder | None, merchant_id: str | None) -> Verdict:

@@ -12,8 +12,10 @@ import hmac
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from holdfast.clock import US_PER_MS, US_PER_S, Clock, microseconds, rfc3339
 from holdfast.errors import HoldfastError, InvalidInput
@@ -25,6 +27,7 @@ from holdfast.services.payments.sandbox_book import Asked, PayLink, RefundWish, 
 NAME = "sandbox"
 SIGNATURE_HEADER = "sandbox-signature"
 SECRET_CHARS_MIN = 16
+Merchant = Annotated[str, Meta(max_length=128, pattern=r"^[^\x00-\x1f]*\Z")]  # what any database stores
 _SIGNATURE = re.compile(r"t=(\d{1,12}),v1=([0-9a-f]{64})")
 
 
@@ -32,7 +35,7 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_u
     """The body of a notice."""
 
     event_id: Token
-    merchant_id: str
+    merchant_id: Merchant
     payment_id: str
     trade_no: Token
     amount_minor: MinorUnits
@@ -118,7 +121,7 @@ class Signing:
         try:
             notice = msgspec.json.decode(raw, type=Notice)
             return Capture(
-                provider=NAME,
+                provider=self.name,
                 event_id=notice.event_id,
                 merchant_id=notice.merchant_id,
                 payment_id=_row_id(notice.payment_id),
@@ -138,7 +141,7 @@ class Signing:
         if trade.status == "closed":
             return TradeAnswer(end=TradeEnd.CLOSED)
         capture = Capture(
-            provider=NAME,
+            provider=self.name,
             event_id=f"query-{trade.trade_no}",
             merchant_id=self.merchant_id,
             payment_id=trade.payment_id,

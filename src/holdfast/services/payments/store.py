@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    ColumnElement,
     Executable,
     Index,
     Integer,
@@ -16,13 +17,24 @@ from sqlalchemy import (
     Table,
     Text,
     bindparam,
+    or_,
     select,
+    tuple_,
     update,
 )
 
 from holdfast.db.database import Dialect, Tx
-from holdfast.db.prepared import InsertAll, Prepared, among
-from holdfast.services.payments.model import ENDED, SUCCEEDED, Capture, PaymentOrder, Verdict
+from holdfast.db.prepared import InsertAll, Prepared, among, insert
+from holdfast.services.payments.model import (
+    ENDED,
+    SUCCEEDED,
+    UNDECIDED,
+    WAITING,
+    Capture,
+    PaymentDetails,
+    PaymentOrder,
+    Verdict,
+)
 from holdfast.services.schema import metadata
 
 payments = Table(
@@ -55,6 +67,14 @@ Index(
     postgresql_where=(payments.c.status == SUCCEEDED) & payments.c.accepted_us.is_(None),
 )
 
+# The unpaid ones, which are asked about in order of their ids.
+Index(
+    "ix_payment_order_waiting",
+    payments.c.id,
+    sqlite_where=payments.c.status == WAITING,
+    postgresql_where=payments.c.status == WAITING,
+)
+
 # Every verified notice as it came; the unique event id makes it count once, for ever.
 notices = Table(
     "payment_notice",
@@ -63,8 +83,20 @@ notices = Table(
     Column("event_id", Text, primary_key=True),
     Column("payment_id", BigInteger, nullable=False),
     Column("verdict", Text, nullable=False),
+    Column("merchant_id", Text, nullable=False),
+    Column("trade_no", Text, nullable=False),
+    Column("amount_minor", BigInteger, nullable=False),
+    Column("currency", Text, nullable=False),
+    Column("captured_us", BigInteger, nullable=False),
     Column("raw", LargeBinary, nullable=False),
     Column("received_us", BigInteger, nullable=False),
+)
+Index(
+    "ix_payment_notice_undecided",
+    notices.c.provider,
+    notices.c.event_id,
+    sqlite_where=notices.c.verdict.in_(sorted(UNDECIDED)),
+    postgresql_where=notices.c.verdict.in_(sorted(UNDECIDED)),
 )
 
 refunds = Table(
@@ -149,6 +181,25 @@ _TOLD = Prepared(
         among(dialect, notices.c.event_id, "event_ids")
     )
 )
+_JUDGE_AGAIN = Prepared(
+    lambda _: (
+        update(notices)
+        .where(notices.c.provider == bindparam("of_provider"), notices.c.event_id == bindparam("of_event"))
+        .values(verdict=bindparam("to_verdict"))
+    )
+)
+_UNPAID = Prepared(
+    lambda _: (
+        select(*_FIELDS)
+        .where(
+            payments.c.status == WAITING,
+            payments.c.created_us < bindparam("before_us"),
+            payments.c.id > bindparam("after"),
+        )
+        .order_by(payments.c.id)
+        .limit(bindparam("room", type_=BigInteger))
+    )
+)
 _ACCEPT = Prepared(
     lambda dialect: (
         update(payments)
@@ -191,6 +242,19 @@ async def of_order(tx: Tx, order_id: int) -> PaymentOrder | None:
     return _payment(rows[0]) if rows else None
 
 
+async def details(tx: Tx, which: ColumnElement[bool], buyer: str | None) -> PaymentDetails | None:
+    """One payment order with its times, of this buyer unless that is None."""
+    statement = select(*_FIELDS, payments.c.created_us, payments.c.changed_us).where(which)
+    if buyer is not None:
+        statement = statement.where(payments.c.buyer == buyer)
+    row = (await tx.execute(statement)).first()
+    if row is None:
+        return None
+    fields = dict(row._mapping)
+    created_us, changed_us = fields.pop("created_us"), fields.pop("changed_us")
+    return PaymentDetails(order=PaymentOrder(**fields), created_us=created_us, changed_us=changed_us)
+
+
 async def by_id(tx: Tx, payment_id: int) -> PaymentOrder | None:
     """One payment order."""
     rows = await _BY_ID.rows(tx, payment_id=payment_id)
@@ -201,6 +265,41 @@ async def told_before(tx: Tx, event_ids: Collection[str]) -> dict[tuple[str, str
     """What became of earlier notices, by (provider, event id)."""
     rows = await _TOLD.rows(tx, event_ids=sorted(event_ids))
     return {(row.provider, row.event_id): Verdict(row.verdict) for row in rows}
+
+
+async def judge_again(tx: Tx, verdicts: Mapping[tuple[str, str], Verdict]) -> None:
+    """Note what became of notices that were undecided, by (provider, event id)."""
+    rows = [
+        {"of_provider": provider, "of_event": event_id, "to_verdict": verdict.value}
+        for (provider, event_id), verdict in sorted(verdicts.items())
+    ]
+    await _JUDGE_AGAIN.many(tx, rows)
+
+
+async def keep_notice(tx: Tx, row: Mapping[str, object]) -> None:
+    """Keep a notice unless it is kept already."""
+    await tx.execute(insert(tx.dialect, notices).values(**row).on_conflict_do_nothing())
+
+
+async def undecided(tx: Tx, after: tuple[str, str], limit: int) -> list[Capture]:
+    """Notices that can be judged now, in order of (provider, event id), after the given one."""
+    known = select(payments.c.id).where(payments.c.id == notices.c.payment_id).exists()
+    statement = (
+        select(*(notices.c[name] for name in Capture.__struct_fields__))
+        .where(
+            notices.c.verdict.in_(sorted(UNDECIDED)),
+            or_(notices.c.verdict == Verdict.RECEIVED.value, known),
+            tuple_(notices.c.provider, notices.c.event_id) > tuple_(*after),
+        )
+        .order_by(notices.c.provider, notices.c.event_id)
+        .limit(limit)
+    )
+    return [Capture(**row._mapping) for row in await tx.execute(statement)]
+
+
+async def unpaid(tx: Tx, before_us: int, after: int, limit: int) -> list[PaymentOrder]:
+    """Unpaid payment orders opened before an instant, in order of id, after the given one."""
+    return [_payment(row) for row in await _UNPAID.rows(tx, before_us=before_us, after=after, room=limit)]
 
 
 async def mark_succeeded(tx: Tx, captures: Sequence[Capture], now_us: int) -> None:

@@ -72,9 +72,22 @@ def upgrade() -> None:
         sa.Column("event_id", sa.Text(), nullable=False),
         sa.Column("payment_id", sa.BigInteger(), nullable=False),
         sa.Column("verdict", sa.Text(), nullable=False),
+        sa.Column("merchant_id", sa.Text(), nullable=False),
+        sa.Column("trade_no", sa.Text(), nullable=False),
+        sa.Column("amount_minor", sa.BigInteger(), nullable=False),
+        sa.Column("currency", sa.Text(), nullable=False),
+        sa.Column("captured_us", sa.BigInteger(), nullable=False),
         sa.Column("raw", sa.LargeBinary(), nullable=False),
         sa.Column("received_us", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("provider", "event_id", name=op.f("pk_payment_notice")),
+    )
+    op.create_index(
+        "ix_payment_notice_undecided",
+        "payment_notice",
+        ["provider", "event_id"],
+        unique=False,
+        sqlite_where=sa.text("verdict IN ('received', 'unknown_payment')"),
+        postgresql_where=sa.text("verdict IN ('received', 'unknown_payment')"),
     )
     op.create_table(
         "payment_order",
@@ -108,6 +121,14 @@ def upgrade() -> None:
         unique=False,
         sqlite_where=sa.text("status = 3 AND accepted_us IS NULL"),
         postgresql_where=sa.text("status = 3 AND accepted_us IS NULL"),
+    )
+    op.create_index(
+        "ix_payment_order_waiting",
+        "payment_order",
+        ["id"],
+        unique=False,
+        sqlite_where=sa.text("status = 1"),
+        postgresql_where=sa.text("status = 1"),
     )
     op.create_table(
         "payment_refund",
@@ -254,12 +275,24 @@ def downgrade() -> None:
     )
     op.drop_table("payment_refund")
     op.drop_index(
+        "ix_payment_order_waiting",
+        table_name="payment_order",
+        sqlite_where=sa.text("status = 1"),
+        postgresql_where=sa.text("status = 1"),
+    )
+    op.drop_index(
         "ix_payment_order_unaccepted",
         table_name="payment_order",
         sqlite_where=sa.text("status = 3 AND accepted_us IS NULL"),
         postgresql_where=sa.text("status = 3 AND accepted_us IS NULL"),
     )
     op.drop_table("payment_order")
+    op.drop_index(
+        "ix_payment_notice_undecided",
+        table_name="payment_notice",
+        sqlite_where=sa.text("verdict IN ('received', 'unknown_payment')"),
+        postgresql_where=sa.text("verdict IN ('received', 'unknown_payment')"),
+    )
     op.drop_table("payment_notice")
     op.drop_table("order_reply")
     op.drop_index(
