@@ -171,7 +171,7 @@ async def running(settings: Settings, *, clock: Clock | None = None) -> AsyncIte
         bus = await stack.enter_async_context(_bus(database, settings, clock))
         group, ids, outbox = bus.group, bus.ids, bus.outbox
         stock_group = await stack.enter_async_context(_own_writer("stock", database, group, clock, settings.database))
-        providers = await _providers(settings, database, group, clock, stack)
+        providers = _providers(settings, database, group, clock, stack)
         payments = Payments(clock, ids, outbox, providers, settings.payments.provider)
         refunds = Refunds(clock, ids, outbox)
         refund_service = RefundService(database, group, refunds, providers, clock)
@@ -346,7 +346,7 @@ async def webhook_desk(settings: Settings) -> AsyncIterator[WebhookDesk]:
         await database.close()
 
 
-async def _providers(
+def _providers(
     settings: Settings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
 ) -> dict[str, Provider]:
     """Every configured provider by its name, the chosen one among them."""
@@ -354,8 +354,9 @@ async def _providers(
     if settings.payments.sandbox:
         providers[SANDBOX] = _sandbox(settings.payments, database, group, clock, stack)
     if settings.payments.alipay_app_id or settings.payments.provider == ALIPAY:
-        opened = _over_http("alipay").opened(settings.payments, settings.orders.time_out_ms, clock)
-        providers[ALIPAY] = await stack.enter_async_context(opened)
+        alipay = _over_http("alipay").open_alipay(settings.payments, settings.orders.time_out_ms, clock)
+        stack.push_async_callback(alipay.aclose)
+        providers[ALIPAY] = alipay
     if not providers:
         raise InvalidSettings(
             "no payment provider is configured; set HOLDFAST_PAYMENTS__PROVIDER and its keys or, to try things out, "
@@ -391,7 +392,7 @@ def _sandbox(
 
 
 def _over_http(module: str) -> Any:
-    """A provider's module that needs the HTTP client of the `server` extra; the bare install does without it."""
+    """A provider's module that needs libraries of the `server` extra; the bare install does without it."""
     try:
         return import_module(f"holdfast.services.payments.{module}")
     except ModuleNotFoundError as error:

@@ -133,7 +133,6 @@ class PaymentsSettings(Section, frozen=True, kw_only=True):
     alipay_notify_url: str = ""  # this shop's public address, followed by /v1/notices/alipay
     alipay_return_url: str = ""  # where the buyer's browser goes after paying
     alipay_subject: str = "Order"  # what the buyer reads, before the order's number
-    alipay_timeout_ms: Annotated[int, Meta(ge=100, le=60_000)] = 10_000  # then the outcome of a call is unknown
 
 
 class ReconciliationSettings(Section, frozen=True, kw_only=True):

@@ -57,13 +57,11 @@ def both(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every system have two providers."""
     built = bootstrap._providers
 
-    async def two(
-        settings: Settings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack
-    ) -> Any:
+    def two(settings: Settings, database: Database, group: GroupCommit, clock: Clock, stack: AsyncExitStack) -> Any:
         found: dict[str, Provider] = {"other": Other(SandboxBook(database, group, clock), clock)}
         chosen = settings.payments.provider
         sandbox = msgspec.structs.replace(settings.payments, provider="sandbox")
-        found |= await built(msgspec.structs.replace(settings, payments=sandbox), database, group, clock, stack)
+        found |= built(msgspec.structs.replace(settings, payments=sandbox), database, group, clock, stack)
         assert chosen in found
         return found
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.clock import US_PER_MS, US_PER_S, ManualClock, SystemClock
-from holdfast.ids import EPOCH_MS, ID_MAX, NODE_BITS, SEQUENCE_BITS, IdSource, SharedIdSource
+from holdfast.ids import EPOCH_MS, ID_MAX, NODE_BITS, SEQUENCE_BITS, IdSource, SharedIdSource, created_ms
 from tests.unit.given import steady
 
 START_US = EPOCH_MS * US_PER_MS
@@ -91,3 +91,9 @@ def test_a_shared_source_serves_threads() -> None:
         given = list(pool.map(lambda _: [source.next() for _ in range(5_000)], range(4)))
     assert all(ids == sorted(ids) for ids in given)
     assert len({each for ids in given for each in ids}) == 20_000
+
+
+def test_an_id_tells_when_it_was_drawn() -> None:
+    clock = ManualClock(1_800_000_000_123_456)
+    assert created_ms(IdSource(clock).next()) == 1_800_000_000_123
+    assert created_ms(SharedIdSource(clock).next()) == 1_800_000_000_123

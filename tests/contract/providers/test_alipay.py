@@ -26,10 +26,11 @@ from holdfast.clock import US_PER_S, ManualClock
 from holdfast.errors import InvalidInput, Unavailable
 from holdfast.ids import IdSource
 from holdfast.services.contracts.values import TradeEnd
-from holdfast.services.payments.alipay import CLOSE, QUERY, REFUND, REFUND_QUERY, STATEMENT, Alipay, opened
+from holdfast.services.payments.alipay import CLOSE, QUERY, REFUND, REFUND_QUERY, STATEMENT, Alipay, open_alipay
 from holdfast.services.payments.alipay_wire import instant_us
 from holdfast.services.payments.model import WAITING, PaymentOrder, Verdict, judge
 from holdfast.services.payments.needs import Provider, RefundAnswer, RefundEnd, TradeAnswer
+from holdfast.settings import PaymentsSettings
 from tests.servers.alipay import (
     APP_ID,
     NOTIFY_URL,
@@ -73,9 +74,16 @@ async def alipay(gateway: Gateway, clock: ManualClock) -> AsyncIterator[Alipay]:
 
 
 @asynccontextmanager
+async def opened(settings: PaymentsSettings, time_out_ms: int, clock: ManualClock) -> AsyncIterator[Alipay]:
+    provider = open_alipay(settings, time_out_ms, clock)
+    yield provider
+    await provider.aclose()
+
+
+@asynccontextmanager
 async def hurried(gateway: Gateway, clock: ManualClock) -> AsyncIterator[Alipay]:
     """The provider with hardly any patience."""
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(trust_env=False) as client:
         yield Alipay(account_of(gateway.url, timeout_ms=200), clock, client)
 
 
@@ -190,7 +198,7 @@ async def test_alipays_own_client_takes_the_gateway_for_alipay(
     gateway: Gateway, alipay: Alipay, payment: PaymentOrder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def post(url: str, query: str, headers: dict[str, str], params: dict[str, str], *_: object) -> bytes:
-        return httpx.post(f"{url}?{query}", content=urlencode(params), headers=headers).content
+        return httpx.post(f"{url}?{query}", content=urlencode(params), headers=headers, trust_env=False).content
 
     monkeypatch.setattr(DefaultAlipayClientModule, "do_post", post)  # its own cannot reach a port
     gateway.pay(alipay.pay_url(payment))
@@ -510,6 +518,13 @@ async def test_no_statement_of_a_day_long_over_means_no_movements(alipay: Alipay
         await alipay.statement(DAY)
     clock.advance(12 * 3_600)
     assert await alipay.statement(DAY) == ()
+
+
+async def test_a_statement_at_no_address_is_unavailable(alipay: Alipay, gateway: Gateway) -> None:
+    for url in ("http://[", "no address", "http://127.0.0.1:1/bill", ""):
+        gateway.instead[STATEMENT] = success(bill_download_url=url)
+        with pytest.raises(Unavailable):
+            await alipay.statement(DAY)
 
 
 @pytest.mark.parametrize("bill", [None, b"", b"no zip", bill_of(LINE, trades=2, refunds=0)])

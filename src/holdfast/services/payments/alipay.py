@@ -7,8 +7,7 @@ for paid, nor for unpaid.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from urllib.parse import urlencode
 
@@ -155,8 +154,12 @@ class Alipay:
             async with self._deadline(STATEMENT_PATIENCE):
                 archive = await self._bill(day)
             return () if archive is None else await asyncio.to_thread(read_bill, archive)
-        except (TimeoutError, httpx.HTTPError, Unreadable) as error:
+        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, Unreadable) as error:
             raise Unavailable(f"Alipay's statement of {day} could not be read: {error!r}") from error
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
 
     async def _query(self, payment: PaymentOrder) -> TradeAnswer:
         answer, raw = await self._call(QUERY, {"out_trade_no": str(payment.id)})
@@ -312,9 +315,9 @@ class Alipay:
         return TradeAnswer(end=TradeEnd.UNKNOWN)
 
 
-@asynccontextmanager
-async def opened(settings: PaymentsSettings, time_out_ms: int, clock: Clock) -> AsyncIterator[Alipay]:
-    """The provider with its connections; raises `InvalidSettings` that says what to do."""
+def open_alipay(settings: PaymentsSettings, time_out_ms: int, clock: Clock) -> Alipay:
+    """The provider with its own connections; raises `InvalidSettings` that says what to do."""
     account = read_account(settings, time_out_ms)
-    async with httpx.AsyncClient(timeout=account.timeout_ms / 1_000, follow_redirects=False) as client:
-        yield Alipay(account, clock, client)
+    # Proxies of the environment are for what is outside of this machine.
+    client = httpx.AsyncClient(timeout=account.timeout_ms / 1_000, trust_env=account.encrypted)
+    return Alipay(account, clock, client)

@@ -64,7 +64,7 @@ def read_account(settings: PaymentsSettings, time_out_ms: int) -> Account:
         notify_url=_url("NOTIFY_URL", settings.alipay_notify_url),
         return_url=_url("RETURN_URL", settings.alipay_return_url) if settings.alipay_return_url else "",
         subject=settings.alipay_subject.strip(),
-        timeout_ms=settings.alipay_timeout_ms,
+        timeout_ms=settings.call_timeout_ms,
     )
 
 
