@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 from typing import Any
 
 import msgspec
 import pytest
 
 from holdfast.bootstrap import System
-from holdfast.clock import US_PER_S, ManualClock
+from holdfast.clock import US_PER_S, ManualClock, microseconds
 from holdfast.errors import HoldfastError, InvalidInput
 from holdfast.services.carts.model import ITEMS_MAX, CartFull, Item, PutItem
 from holdfast.services.contracts import topology
-from holdfast.services.contracts.events import OrderCompleted, OrderShipped, PaymentSucceeded
+from holdfast.services.contracts.events import (
+    OrderCompleted,
+    OrderShipped,
+    PaymentSucceeded,
+    RefundOpened,
+    RefundSucceeded,
+)
 from holdfast.services.orders.fulfilment import ITSELF
 from holdfast.services.orders.model import (
     CartEmpty,
@@ -33,6 +40,7 @@ from holdfast.services.orders.model import (
     ShipRequest,
     SoldOut,
 )
+from holdfast.services.payments.model import RefundWish
 from holdfast.services.stock.model import Sku
 from holdfast.settings import Settings
 from tests.conftest import StartSystem, eventually, with_orders
@@ -43,6 +51,7 @@ from tests.shop import (
     clean,
     clean_in_time,
     count,
+    deliver,
     drained,
     in_time,
     level,
@@ -52,6 +61,7 @@ from tests.shop import (
     pay,
     placed_view,
     probe,
+    signed_notice,
     status,
     stock_up,
     two_systems,
@@ -444,3 +454,105 @@ async def test_staff_cancels_an_unpaid_order_in_his_own_name(system: System) -> 
 async def test_a_wish_without_lines_and_without_a_cart_is_refused(system: System) -> None:
     with pytest.raises(InvalidInput):
         await system.orders.place(msgspec.structs.replace(from_cart("ann"), from_cart=False))
+
+
+# -- money back -------------------------------------------------------------------------------------------------------
+
+
+async def give_back(system: System, view: OrderView, amount_minor: int | None = None, key: str = "back-1") -> None:
+    wish = RefundWish(
+        key=key, actor="boss", reason="broken", payment_id=int(view.payment.id), amount_minor=amount_minor
+    )
+    await system.refunds.request(wish)
+
+
+async def refunded_is(system: System, view: OrderView, amount_minor: int) -> None:
+    async def reached() -> bool:
+        return (await system.orders.get(int(view.id), "ann")).refunded_minor == amount_minor
+
+    await eventually(reached, f"the order knows of {amount_minor} given back")
+
+
+@pytest.mark.parametrize("state", [OrderStatus.PAID, OrderStatus.SHIPPED, OrderStatus.COMPLETED])
+async def test_an_order_whose_whole_money_is_given_back_is_refunded(system: System, state: OrderStatus) -> None:
+    await stock_up(system, "SKU-1", 5)
+    view = await paid(system)
+    if state is not OrderStatus.PAID:
+        await system.orders.ship(shipping(view))
+    if state is OrderStatus.COMPLETED:
+        await system.orders.complete(arrival(view))
+    await give_back(system, view)
+    await becomes(system, view, OrderStatus.REFUNDED)
+    assert (await system.orders.get(int(view.id), "ann")).refunded_minor == view.amount_minor
+    path = [(entry.from_status, entry.to_status) for entry in await system.orders.timeline(int(view.id), "ann")]
+    assert path[-2:] == [(state, OrderStatus.REFUNDING), (OrderStatus.REFUNDING, OrderStatus.REFUNDED)]
+    assert (await system.transport.stats(topology.ORDER_ARRIVING_QUEUE)).delayed == 0
+    await clean(system)
+
+
+async def test_a_part_given_back_leaves_the_order_where_it_is_until_nothing_is_left(system: System) -> None:
+    await stock_up(system, "SKU-1", 5)
+    view = await paid(system)
+    await give_back(system, view, PRICE_MINOR // 4, "back-1")
+    await refunded_is(system, view, PRICE_MINOR // 4)
+    assert await status(system, view) is OrderStatus.PAID
+    assert (await system.orders.ship(shipping(view))).status is OrderStatus.SHIPPED
+    await give_back(system, view, None, "back-2")
+    await becomes(system, view, OrderStatus.REFUNDED)
+    assert (await system.orders.get(int(view.id), "ann")).refunded_minor == PRICE_MINOR
+    await clean(system)
+
+
+async def test_word_of_refunds_may_come_twice_and_in_any_order(start_system: StartSystem) -> None:
+    system = await start_system(work=False)
+    await stock_up(system, "SKU-1", 5)
+    view = await order(system)
+    await pay(system, view)
+    service = system.orders
+    facts: dict[str, Any] = {
+        "payment_id": int(view.payment.id),
+        "order_id": int(view.id),
+        "captured_minor": PRICE_MINOR,
+        "currency": "CNY",
+        "key_reason": "staff",
+    }
+
+    def given(refund_id: int, amount_minor: int, sum_minor: int) -> RefundSucceeded:
+        return RefundSucceeded(refund_id=refund_id, amount_minor=amount_minor, refunded_minor=sum_minor, **facts)
+
+    opened = RefundOpened(
+        refund_id=2, payment_id=int(view.payment.id), order_id=int(view.id), amount_minor=600, full=True
+    )
+    paid_event = PaymentSucceeded(
+        payment_id=int(view.payment.id),
+        order_id=int(view.id),
+        amount_minor=PRICE_MINOR,
+        currency="CNY",
+        captured_us=view_created(view),
+    )
+    async with system.database.transaction() as tx:
+        await service.transitions.pay(tx, [paid_event])
+    for _ in range(2):
+        async with system.database.transaction() as tx:
+            await service.fulfilment.refunded(tx, [given(2, 600, PRICE_MINOR), given(1, 400, 400)])
+        async with system.database.transaction() as tx:
+            await service.fulfilment.refunding(tx, [opened])
+            await service.fulfilment.refunded(tx, [given(1, 400, 400)])
+        seen = await service.get(int(view.id), "ann")
+        assert (seen.status, seen.refunded_minor) == (OrderStatus.REFUNDED, PRICE_MINOR)
+    assert await count(system, "SELECT id FROM order_log WHERE order_id = :id", id=int(view.id)) == 4
+
+
+def view_created(view: OrderView) -> int:
+    """When the order was placed, in microseconds."""
+    return microseconds(datetime.fromisoformat(view.created_at))
+
+
+async def test_late_money_given_back_leaves_a_cancelled_order_cancelled(system: System) -> None:
+    await stock_up(system, "SKU-1", 5)
+    view = await order(system)
+    await system.orders.cancel(int(view.id), "ann")
+    await deliver(system, signed_notice(system, view, system.clock.now_us()))
+    await refunded_is(system, view, PRICE_MINOR)
+    assert await status(system, view) is OrderStatus.CANCELLED
+    await clean(system)
