@@ -127,9 +127,10 @@ async def test_a_paid_order_is_shipped_and_completed_and_each_step_is_told_once(
     assert [(entry.from_status, entry.to_status, entry.actor, entry.note) for entry in entries] == [
         (None, "pending_payment", "ann", ""),
         ("pending_payment", "paid", "payment", ""),
-        ("paid", "shipped", "boss", "SF 123"),
+        ("paid", "shipped", "staff", "SF 123"),
         ("shipped", "completed", "ann", ""),
     ]
+    assert (await system.orders.timeline(int(view.id), None))[2].actor == "boss"
     assert await drained(system, topology.ORDER_ARRIVING_QUEUE)
     assert (await system.transport.stats(topology.ORDER_ARRIVING_QUEUE)).delayed == 0
     await level_becomes(system, held=0, sold=1)

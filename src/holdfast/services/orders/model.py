@@ -90,6 +90,16 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     note: str
 
 
+AUTOMATIC = frozenset({"payment", "late payment", "deadline", "delivery time", "refund", "nothing to pay"})
+"""Actors in the log that are nobody; `buyer` and the buyer's own name stand there too, any other is an employee."""
+
+
+def as_buyer_sees(entry: Entry, buyer: str) -> Entry:
+    """The entry without the name of the employee who did it."""
+    known = entry.actor in AUTOMATIC or entry.actor in ("buyer", buyer)
+    return entry if known else msgspec.structs.replace(entry, actor="staff")
+
+
 class PlaceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A buyer's wish to order; the same key and lines again are the same wish."""
 

@@ -28,6 +28,7 @@ from holdfast.services.orders.model import (
     Placed,
     PlaceRequest,
     ShipRequest,
+    as_buyer_sees,
     check_lines,
 )
 from holdfast.services.orders.needs import Cashier
@@ -106,10 +107,14 @@ class OrderService:
         return [views[order_id] for order_id in page]
 
     async def timeline(self, order_id: int, buyer: str | None) -> list[Entry]:
-        """What happened to an order, the oldest first; raises `OrderNotFound`, also for another buyer's."""
+        """What happened to an order, the oldest first; raises `OrderNotFound`, also for another buyer's.
+
+        A buyer does not learn the names of employees.
+        """
         await self.get(order_id, buyer)
         async with self._database.read() as tx:
-            return await store.read_log(tx, order_id)
+            entries = await store.read_log(tx, order_id)
+        return entries if buyer is None else [as_buyer_sees(entry, buyer) for entry in entries]
 
     async def ship(self, request: ShipRequest) -> OrderView:
         """Note that a paid order has left the house; raises `OrderNotFound` or `NotShippable`."""
