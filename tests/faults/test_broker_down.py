@@ -38,7 +38,7 @@ def tries(logs: Sequence[Any]) -> list[tuple[int, str]]:
     return [(line["attempt"], line["error"]) for line in logs if line["event"] == "publish_failed"]
 
 
-async def test_publishing_tries_three_times_each_logged_while_postgresql_is_down(
+async def test_H1_publishing_tries_three_times_each_logged_while_postgresql_is_down(  # noqa: N802  # the row
     postgres_to_crash: PostgresServer,
 ) -> None:
     """The first half of row H1; the outbox cannot keep what its own database is away for, so the caller is told."""
@@ -63,7 +63,7 @@ async def test_publishing_tries_three_times_each_logged_while_postgresql_is_down
         assert await ledger.entries() == ["a secret"]
 
 
-async def test_the_tries_are_one_second_apart_and_each_is_logged(start_system: StartSystem) -> None:
+async def test_H1_the_tries_are_one_second_apart_and_each_is_logged(start_system: StartSystem) -> None:  # noqa: N802
     clock = manual_clock()
     system = await office(start_system, clock=clock)
     await system.transport.declare(Topology(queues=[Queue(name="full", max_length=0, overflow="reject-publish")]))
@@ -81,7 +81,7 @@ async def test_the_tries_are_one_second_apart_and_each_is_logged(start_system: S
     assert tries(logs) == [(attempt, "publish_rejected") for attempt in (1, 2, 3)]
 
 
-async def test_a_request_that_sends_through_the_outbox_waits_for_no_retries(start_system: StartSystem) -> None:
+async def test_H2_a_request_that_sends_through_the_outbox_waits_for_no_retries(start_system: StartSystem) -> None:  # noqa: N802
     """Row H2 as far as it goes without a broker: nobody consumes, a publisher is in its retries; a request is quick."""
     system = await office(start_system)
     ledger = await Ledger.of(system)
