@@ -6,20 +6,17 @@ other process writes the file.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, TypeVar
+from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 import typer
 
-from holdfast.bootstrap import HISTORIES, System, running
-from holdfast.edge.terminal import actor_or_user, database_of_settings, print_json, safe, settings_with_logs, table
+from holdfast.edge.shop_cli import change, look
+from holdfast.edge.terminal import actor_or_user, print_json, safe, table
 from holdfast.errors import InvalidInput
 from holdfast.reconciliation.model import DifferenceView, State
 from holdfast.reconciliation.service import LIST_MAX, ReconciliationDesk
-
-T = TypeVar("T")
 
 EXIT_FOUND = 1
 
@@ -43,7 +40,7 @@ app = typer.Typer(
 def run(dry_run: DryRun = False, actor: Actor = None, reason: Reason = "", as_json: AsJson = False) -> None:
     """Compare everything now; status 1 if something differs."""
     who = actor_or_user(actor)
-    report = _change(lambda system: system.reconciliation.run(who, reason, dry_run=dry_run))
+    report = change(lambda system: system.reconciliation.run(who, reason, dry_run=dry_run))
     if as_json:
         print_json(report)
     else:
@@ -68,7 +65,7 @@ def list_differences(
     """One line for each difference, oldest first."""
     if state not in list(State):
         raise InvalidInput(f"there is no state {state[:80]!r}; known: {', '.join(State)}")
-    found = _ask(lambda desk: desk.list(states=[State(state)], kind=kind, after=after, limit=limit))
+    found = look(ReconciliationDesk, lambda desk: desk.list(states=[State(state)], kind=kind, after=after, limit=limit))
     if as_json:
         print_json(found)
     else:
@@ -81,7 +78,7 @@ def repair(
 ) -> None:
     """Run the repair that is proposed for a difference."""
     who = actor_or_user(actor)
-    report = _change(lambda system: system.reconciliation.repair(difference_id, who, reason, dry_run=dry_run))
+    report = change(lambda system: system.reconciliation.repair(difference_id, who, reason, dry_run=dry_run))
     if as_json:
         print_json(report)
     else:
@@ -92,27 +89,11 @@ def repair(
 def dismiss(difference_id: Id, reason: Reason, actor: Actor = None, as_json: AsJson = False) -> None:
     """Leave a difference as it is; it is not proposed again while it says the same."""
     who = actor_or_user(actor)
-    difference = _change(lambda system: system.reconciliation.dismiss(difference_id, who, reason))
+    difference = change(lambda system: system.reconciliation.dismiss(difference_id, who, reason))
     if as_json:
         print_json(difference)
     else:
         typer.echo(f"{difference.id} is {difference.state}")
-
-
-def _ask(question: Callable[[ReconciliationDesk], Awaitable[T]]) -> T:
-    async def run() -> T:
-        async with database_of_settings(read_only=True, histories=HISTORIES) as database:
-            return await question(ReconciliationDesk(database))
-
-    return asyncio.run(run())
-
-
-def _change(work: Callable[[System], Awaitable[T]]) -> T:
-    async def run() -> T:
-        async with running(settings_with_logs()) as system:
-            return await work(system)
-
-    return asyncio.run(run())
 
 
 def _differences_table(found: Sequence[DifferenceView]) -> None:

@@ -6,19 +6,16 @@ other process writes the file; the provider is asked by the workers.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
-from holdfast.bootstrap import HISTORIES, System, running
 from holdfast.clock import rfc3339
-from holdfast.edge.terminal import actor_or_user, database_of_settings, print_json, safe, settings_with_logs, table
+from holdfast.edge.shop_cli import change, look
+from holdfast.edge.terminal import actor_or_user, print_json, safe, table
 from holdfast.services.payments.model import RefundView, RefundWish, refund_view
 from holdfast.services.payments.refund_service import LIST_MAX, RefundDesk
-
-T = TypeVar("T")
 
 Id = Annotated[
     int, typer.Argument(metavar="ID", min=1, max=2**63 - 1, help="Which refund, as `refunds list` names it.")
@@ -44,7 +41,7 @@ def list_refunds(
     as_json: AsJson = False,
 ) -> None:
     """One line for each refund, oldest first."""
-    found = _ask(lambda desk: desk.list(after=after, limit=limit, payment_id=payment))
+    found = look(RefundDesk, lambda desk: desk.list(after=after, limit=limit, payment_id=payment))
     if as_json:
         print_json(found)
     else:
@@ -55,10 +52,10 @@ def list_refunds(
 def show(refund_id: Id, as_json: AsJson = False) -> None:
     """One refund and what happened to it."""
 
-    async def look(desk: RefundDesk) -> tuple[RefundView, Sequence[Mapping[str, Any]]]:
+    async def whole(desk: RefundDesk) -> tuple[RefundView, Sequence[Mapping[str, Any]]]:
         return await desk.get(refund_id), await desk.steps(refund_id)
 
-    refund, steps = _ask(look)
+    refund, steps = look(RefundDesk, whole)
     if as_json:
         print_json({"refund": refund, "steps": [{**step, "id": str(step["id"])} for step in steps]})
         return
@@ -83,7 +80,7 @@ def create(
     wish = RefundWish(
         key=key, actor=actor_or_user(actor), reason=reason, payment_id=payment, order_id=order, amount_minor=amount
     )
-    booked = _change(lambda system: system.refunds.request(wish))
+    booked = change(lambda system: system.refunds.request(wish))
     if as_json:
         print_json(refund_view(booked.refund))
     else:
@@ -94,27 +91,11 @@ def create(
 @app.command()
 def retry(refund_id: Id, actor: Actor = None, as_json: AsJson = False) -> None:
     """Have the provider asked again for a pending refund, or for one that it refused."""
-    refund = _change(lambda system: system.refunds.retry(refund_id, actor_or_user(actor)))
+    refund = change(lambda system: system.refunds.retry(refund_id, actor_or_user(actor)))
     if as_json:
         print_json(refund)
     else:
         typer.echo(f"refund {refund.id} is {refund.status}; the provider is asked again")
-
-
-def _ask(question: Callable[[RefundDesk], Awaitable[T]]) -> T:
-    async def run() -> T:
-        async with database_of_settings(read_only=True, histories=HISTORIES) as database:
-            return await question(RefundDesk(database))
-
-    return asyncio.run(run())
-
-
-def _change(work: Callable[[System], Awaitable[T]]) -> T:
-    async def run() -> T:
-        async with running(settings_with_logs()) as system:
-            return await work(system)
-
-    return asyncio.run(run())
 
 
 def _refunds_table(found: Sequence[RefundView]) -> None:
