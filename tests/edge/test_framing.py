@@ -26,7 +26,7 @@ def request(counter: Counter, route: Route, *headers: str | bytes, body: bytes, 
     """A request as it is written, without a length of its own."""
     token = counter.staff()["authorization"]
     head = [f"{route.method} {route.path} HTTP/1.1", "Host: shop", f"Authorization: {token}", "Connection: close"]
-    head += ["Content-Type: application/json", f"Idempotency-Key: {key}"]
+    head += ["Content-Type: application/json", f"Idempotency-Key: {key}", "If-Match: *"]
     raw = [each if isinstance(each, bytes) else each.encode() for each in (*head, *headers)]
     return b"\r\n".join([*raw, b"", b""]) + body
 

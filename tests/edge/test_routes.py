@@ -237,13 +237,16 @@ async def test_staff_reads_all_levels(counter: Counter) -> None:
 
 
 @on_sqlite
+NO_RULES = {"orderMax": None, "buyerMax": None, "timeOutMs": None}
+
+
 async def test_a_changed_price_goes_for_later_orders_only(counter: Counter) -> None:
     before = await counter.place("ann", key="before")
     sku = {"sku": "SKU-1", "title": "Ticket ☂ 票", "priceMinor": 2_500, "currency": "EUR"}
     body = {name: value for name, value in sku.items() if name != "sku"}
     for _ in range(2):  # again changes nothing
         answer = await counter.ask("PUT", "/v1/skus/SKU-1", counter.staff(), body=body)
-        assert (answer.status_code, answer.json()) == (200, sku)
+        assert (answer.status_code, answer.json()) == (200, sku | NO_RULES)
     after = await counter.place("ann", key="after")
     assert (after.json()["amountMinor"], after.json()["currency"]) == (2_500, "EUR")
     read = await counter.ask("GET", before.headers["location"], counter.bearer("ann"))
@@ -376,9 +379,11 @@ async def test_metrics_show_the_size_of_group_commits_and_how_long_requests_wait
     assert {answer.status_code for answer in answers} == {201}
     after = await metrics(idle)
     grown = {key: after[key] - before.get(key, 0.0) for key in after}
-    assert grown[f"holdfast_group_commit_batch_size_sum{name}"] == 20
+    # Beside the orders only the sweeps for expired messages go through this writer, a few times a second.
+    sweeps = grown[f"holdfast_group_commit_batch_size_sum{name}"] - 20
+    assert 0 <= sweeps <= 10
     batches = grown[f"holdfast_group_commit_batch_size_count{name}"]
-    assert 1 <= batches <= 20
+    assert 1 <= batches <= 20 + sweeps
     assert grown[f"holdfast_group_commit_wait_seconds_count{name}"] == batches
     assert grown[f"holdfast_group_commit_wait_seconds_sum{name}"] >= 0
     most = json.dumps({"le": "+Inf", "name": "main"})
