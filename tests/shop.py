@@ -104,6 +104,11 @@ async def detail_states(system: System, order_id: str) -> list[int]:
         return list(states.scalars())
 
 
+async def deafen_feed(system: System) -> None:
+    """Tell the event feed nothing: for shops that are looked at row by row, or have no workers."""
+    await change(system, "DELETE FROM hf_binding WHERE queue = :queue", queue=topology.FEED_QUEUE)
+
+
 async def _forget_the_feed(system: System) -> None:
     """Where no worker runs nobody takes what is told to the event feed; that is no finding then."""
     if not system.listeners:

@@ -26,7 +26,20 @@ from tests.conftest import StartSystem, eventually
 from tests.edge.counter import facing, settings_on
 from tests.servers.alipay import Gateway, PageDead, failure, serving, settings_of, signed_form
 from tests.servers.alipay_keys import APP_PRIVATE
-from tests.shop import NOON_US, PRICE_MINOR, becomes, clean, clean_in_time, count, level, order, rows, status, stock_up
+from tests.shop import (
+    NOON_US,
+    PRICE_MINOR,
+    becomes,
+    clean,
+    clean_in_time,
+    count,
+    deafen_feed,
+    level,
+    order,
+    rows,
+    status,
+    stock_up,
+)
 from tests.shop import wish as wish_of
 
 TIME_OUT_S = 60.0
@@ -53,6 +66,7 @@ def settings(database_url: str, gateway: Gateway) -> Settings:
 async def shop(start_system: StartSystem, clock: ManualClock) -> System:
     system = await start_system(clock=clock)
     await stock_up(system, "SKU-1", 100)
+    await deafen_feed(system)
     return system
 
 

@@ -12,6 +12,7 @@ import pytest
 from holdfast.bootstrap import System
 from holdfast.clock import US_PER_S, ManualClock, microseconds
 from holdfast.errors import HoldfastError, InvalidInput
+from holdfast.messaging.retry import Retry
 from holdfast.services.carts.model import ITEMS_MAX, CartFull, Item, PutItem
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import (
@@ -531,6 +532,12 @@ async def test_word_of_refunds_may_come_twice_and_in_any_order(start_system: Sta
         currency="CNY",
         captured_us=view_created(view),
     )
+    async with system.database.transaction() as tx:
+        with pytest.raises(Retry):  # before the word of the payment itself: it comes again
+            await service.fulfilment.refunded(tx, [given(2, 600, PRICE_MINOR)])
+        with pytest.raises(Retry):
+            await service.fulfilment.refunding(tx, [opened])
+    assert (await service.get(int(view.id), "ann")).refunded_minor == 0
     async with system.database.transaction() as tx:
         await service.transitions.pay(tx, [paid_event])
     for _ in range(2):

@@ -47,6 +47,7 @@ from tests.shop import (
     change,
     clean_in_time,
     count,
+    deafen_feed,
     deliver,
     in_time,
     lose,
@@ -111,7 +112,10 @@ async def shop(start_system: StartSystem, settings: Settings, monkeypatch: pytes
     clock = ManualClock(NOON_US)
     system = await start_system(with_orders(settings, time_out_ms=LONG_MS), clock=clock, work=False)
     await stock_up(system, "SKU-1", 10)
-    return Broken(system, clock, await order(system, quantity=2), monkeypatch)
+    await deafen_feed(system)
+    view = await order(system, quantity=2)
+    await lose(system, "stock.locked")  # the guard moves by itself when the clock does
+    return Broken(system, clock, view, monkeypatch)
 
 
 async def paid_but_held(shop: Broken) -> None:
@@ -443,6 +447,7 @@ async def test_the_sweeper_repairs_what_is_safe_only_when_told_to(
     )
     system = await start_system(settings, clock=clock, work=False)
     await stock_up(system, "SKU-1", 10)
+    await deafen_feed(system)
     shop = Broken(system, clock, await order(system, quantity=2), monkeypatch)
     await paid_but_held(shop)
     assert await system.reconciliation.sweep() == 1

@@ -76,6 +76,7 @@ KINDS: Mapping[str, Kind] = {
     "stock.counters": Kind(subject=("sku", "warehouse"), human=_COUNTERS),
     "stock.rows": Kind(subject=("sku", "warehouse"), human=_COUNTERS),
     "stock.ledger_sums": Kind(subject=("sku", "warehouse"), human=_COUNTERS),
+    "stock.ledger_kinds": Kind(subject=("entry_id",), human=_COUNTERS),
     "stock.ledger_entries": Kind(subject=("detail_id",), human=_TRACE),
     "stock.orders": Kind(subject=("order_id", "sku"), human=_TRACE),
     "stock.ghost_holds": Kind(
@@ -95,6 +96,7 @@ KINDS: Mapping[str, Kind] = {
     "orders.overdue": Kind(subject=("order_id",), repair=Repair.EXPIRE_ORDER, safe=True),
     "money.payment_order": Kind(subject=("order_id",), human=_TRACE),
     "money.paid": Kind(subject=("order_id",), human=_MONEY),
+    "money.refunded": Kind(subject=("order_id",), human=_MONEY),
     "money.kept": Kind(subject=("order_id",), repair=Repair.GIVE_BACK, safe=True),
     "money.unnoticed": Kind(subject=("order_id",), repair=Repair.TELL_PAYMENT, safe=True),
     "money.unaccepted": Kind(subject=("payment_id",), repair=Repair.TELL_PAYMENT, safe=True),

@@ -10,6 +10,7 @@ from holdfast.db.database import Tx
 from holdfast.errors import HoldfastError
 from holdfast.messaging.draft import Draft
 from holdfast.messaging.outbox import Outbox
+from holdfast.messaging.retry import Retry
 from holdfast.services.contracts import topology
 from holdfast.services.contracts.events import (
     Event,
@@ -33,6 +34,7 @@ from holdfast.services.orders.model import (
 from holdfast.services.orders.moves import Moves
 
 REFUND = "refund"
+UNPAID_AGAIN_MS = 200
 ITSELF = "delivery time"  # the actor of a completion that nobody said
 
 
@@ -134,9 +136,14 @@ class Fulfilment:
         return [order_id not in early for order_id in order_ids]
 
     async def refunding(self, tx: Tx, events: Sequence[RefundOpened]) -> None:
-        """Mark orders whose whole money is on its way back; what comes again or too late changes nothing."""
+        """Mark orders whose whole money is on its way back; what comes again or too late changes nothing.
+
+        Raises `Retry`, as `refunded` does, while the word of the payment itself is still on its way.
+        """
         full = {event.order_id for event in events if event.full}
-        await self._to_refunding(tx, await store.lock_orders(tx, full) if full else {})
+        orders = await store.lock_orders(tx, full) if full else {}
+        _refuse_unpaid(orders)
+        await self._to_refunding(tx, orders)
 
     async def refunded(self, tx: Tx, events: Sequence[RefundSucceeded]) -> None:
         """Note what was given back of orders' money; those that got all of it back have ended.
@@ -147,6 +154,7 @@ class Fulfilment:
         for event in events:
             given[event.order_id] = max(given[event.order_id], event.refunded_minor)
         orders = await store.lock_orders(tx, set(given))
+        _refuse_unpaid(orders)
         await store.mark_refunded(tx, {order_id: given[order_id] for order_id in orders}, self._clock.now_us())
         whole = {event.order_id for event in events if event.refunded_minor >= event.captured_minor}
         ended = {order_id: order for order_id, order in orders.items() if order_id in whole}
@@ -175,6 +183,12 @@ class Fulfilment:
                 for order_id in moved
             ],
         )
+
+
+def _refuse_unpaid(orders: Mapping[int, Any]) -> None:
+    """What became of the money of an order cannot be said before the order knows that it came."""
+    if any(order.status == OrderStatus.PENDING_PAYMENT for order in orders.values()):
+        raise Retry(UNPAID_AGAIN_MS, "the order does not know of its payment yet")
 
 
 def arriving_key(order_id: int) -> str:
